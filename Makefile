@@ -1,0 +1,60 @@
+# Two commands for everyone: `make quickstart` and `make test`. `make check` is what a change must pass.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OLDEST := 5.17.0
+THREADS := OMP_NUM_THREADS=2
+
+.PHONY: quickstart test check lint types faults clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
+
+quickstart: $(VENV)/.ready
+	$(BIN)/python examples/quickstart.py
+
+test: test-cpu test-oldest test-interpret test-compile test-gpu
+
+check: lint types test
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+test-cpu: $(VENV)/.ready
+	$(THREADS) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu"
+
+# The oldest supported transformers lies in a folder of its own, in front of the newest one.
+test-oldest: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
+	$(THREADS) PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu" tests/transformers
+
+test-interpret: $(VENV)/.ready
+	$(THREADS) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/interpret
+
+test-compile: $(VENV)/.ready
+	$(THREADS) $(BIN)/python -m pytest -q -m compile tests/compile
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+faults: $(VENV)/.ready
+	$(THREADS) $(BIN)/python -m tests.faults
+
+wheel: $(VENV)/.ready
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf $(VENV) dist build *.egg-info
+
+# torch first and by version: an open range would fetch a CUDA build of several gigabytes on a machine without a GPU.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "triton==3.6.0; platform_system == 'Linux'" "huggingface_hub<2" -e ".[dev]"
+	touch $@
+
+$(VENV)/transformers-$(OLDEST)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/transformers-$(OLDEST) transformers==$(OLDEST)
+	touch $@

@@ -1,0 +1,154 @@
+"""The attention function that transformers calls under "fastattn": the page to read first.
+
+Over a PagedCache the keys and values are handles: the new states are stored into blocks, then prefill_attention or
+decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache) take the same ops without a block table.
+What the ops cannot do (gradients, dropout, additive masks) goes to PyTorch, see :mod:`hf_fastattn.fallback`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .cache import PagedLayer
+from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
+from .handles import Handle, NewStates
+from .paged_state import DeviceTables
+
+
+def fastattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Handle,
+    value: Tensor | Handle,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention for one layer of a transformers model.
+
+    Args:
+        module: the attention module; its ``is_causal`` holds unless the argument is given.
+        query: (batch_size, num_heads, query_len, head_dim).
+        key, value: (batch_size, num_kv_heads, columns, head_dim), or the handles of a PagedCache.
+        attention_mask: what :func:`hf_fastattn.masks.fastattn_mask` returned, or a user's own 4-D mask.
+        dropout: probability, non-zero in training only.
+        scaling: softmax scale, head_dim ** -0.5 by default.
+        sliding_window: tokens a query sees, its own included.
+        softcap: cap of the scores (Gemma 2).
+        s_aux: (num_heads,) attention sinks (gpt-oss).
+        is_causal: overrides the module's.
+        position_bias: additive (1 or batch_size, num_heads, query_len, columns) bias (T5).
+        kwargs: anything else transformers passes; ignored.
+
+    Returns:
+        (batch_size, query_len, num_heads, value's head_dim) and None (attention weights are never computed).
+    """
+    if kwargs.get("output_attentions"):
+        warn_once("fastattn never computes attention weights: output_attentions returns None")
+    options = AttentionOptions(
+        softmax_scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        causal=bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
+        window=sliding_window or ops.NO_WINDOW,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+        dropout=dropout,
+        position_bias=position_bias,
+    )
+    if isinstance(key, Handle):
+        out = _paged_attention(module, query, key.new, attention_mask, options)
+    else:
+        assert isinstance(value, Tensor)
+        _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
+        out = _dense_attention(query, key, value, attention_mask, options)
+    return out, None
+
+
+def _paged_attention(
+    module: nn.Module, query: Tensor, new: NewStates, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Store a layer's new states and attend to all that it has."""
+    layer = new.layer
+    assert isinstance(layer, PagedLayer)
+    cache, ours = layer.cache, mask is None or mask.dtype == torch.int8
+    if cache.made_dense or not ours or reason_to_fall_back(query, new.v, options):
+        k, v = cache.store_dense(new, commit=False)
+        out = _dense_attention(query, k, v, mask, options)
+    else:
+        step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
+        cache.store(layer, new, step, tables)
+        if step.fresh:
+            key_mask = None if step.mask is None else step.mask.to(query.device)
+            out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
+        else:
+            out = _attend_blocks(query, layer, step.positions, tables, options)
+    if _is_last_layer(module, layer):
+        cache.state.commit()
+    return out
+
+
+def _attend_blocks(
+    query: Tensor, layer: PagedLayer, positions: Tensor | None, tables: DeviceTables, options: AttentionOptions
+) -> Tensor:
+    """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
+    assert layer.k_cache is not None and layer.v_cache is not None
+    blocks = {"block_table": tables.block_table, "seq_lens": tables.seq_lens, "key_mask": tables.key_mask}
+    if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
+        return ops.decode_attention(query, layer.k_cache, layer.v_cache, **blocks, **options.decode())
+    positions = None if positions is None else positions.to(query.device)
+    return ops.prefill_attention(
+        query, layer.k_cache, layer.v_cache, query_positions=positions, **blocks, **options.prefill()
+    )
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attend to dense keys: (batch_size, num_kv_heads, columns, head_dim)."""
+    reason = reason_to_fall_back(query, value, options)
+    key_mask = None
+    if mask is not None and reason is None:
+        if mask.dtype in (torch.int8, torch.uint8):
+            key_mask = mask[:, 0, 0]
+            options = options if mask.dtype == torch.int8 else replace(options, causal=False)
+        elif mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and query.shape[2] == 1:
+            key_mask = mask[:, 0, 0]  # one query: its row of the mask is key padding, the window included
+            options = replace(options, causal=False)
+        else:
+            reason = f"a {mask.dtype} mask over queries and keys was given".replace("torch.", "")
+    if reason is not None:
+        warn_once(f"fastattn leaves this to PyTorch's attention, because {reason}")
+        return fallback_attention(query, key, value, mask, options)
+    if key_mask is not None:
+        key_mask = key_mask.expand(query.shape[0], -1)
+    if query.shape[2] == 1:
+        window = options.window if options.causal else ops.NO_WINDOW
+        return ops.decode_attention(query, key, value, key_mask=key_mask, **(options.decode() | {"window": window}))
+    return ops.prefill_attention(query, key, value, key_mask=key_mask, **options.prefill())
+
+
+def _is_last_layer(module: nn.Module, layer: PagedLayer) -> bool:
+    """Whether a forward pass ends with this layer; the config says so at run time (early exit lowers its number)."""
+    config = getattr(module, "config", layer.cache.config)
+    num_layers = getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers)
+    return getattr(module, "layer_idx", layer.layer_idx) == num_layers - 1
+
+
+def _refuse_packed_cache(module: nn.Module, position_ids: Any, mask: Tensor | None) -> None:
+    """Raise if several sequences are packed into a row while a cache is filled: they would see each other."""
+    if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_compiling():
+        return
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 2 and position_ids.shape[1] > 1:
+        if bool((position_ids.diff(dim=-1) < 0).any()):
+            raise ValueError(
+                "position_ids start anew within a row, so several sequences are packed into it, but no mask keeps them "
+                "apart: pass use_cache=False to the model, or an attention mask"
+            )

@@ -1,0 +1,267 @@
+"""Blocks of a paged KV cache: who owns which, without tensors, kernels or transformers.
+
+:class:`BlockPool` hands out block ids and counts their owners; :class:`BlockTables` keeps the blocks of each sequence on
+top of it and says which blocks have to be copied when sequences that share blocks part ways (copy on write). Both change
+nothing when they raise. Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", 2023, section 4. The one decision: free blocks are kept as runs and sequences are placed apart, so that a
+sequence usually lies in one run, which a CPU reads without a copy.
+"""
+
+import bisect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+
+class BlockPoolExhausted(RuntimeError):
+    """There are not enough free blocks; nothing was changed.
+
+    Attributes:
+        wanted: blocks asked for. free: blocks that were free. total: blocks of the pool.
+    """
+
+    def __init__(self, wanted: int, free: int, total: int, detail: str = "") -> None:
+        self.wanted, self.free, self.total, self.detail = wanted, free, total, detail
+        super().__init__(f"the block pool has {free} of {total} blocks free, {wanted} were wanted{detail}")
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, int, str]]:
+        return type(self), (self.wanted, self.free, self.total, self.detail)
+
+
+class BlockPool:
+    """Hand out block ids 0 to num_blocks - 1 and count the owners of each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._owners = [0] * num_blocks
+        self._runs: list[list[int]] = [[0, num_blocks]] if num_blocks else []  # free [start, length], by start
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool, free or not."""
+        return len(self._owners)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without an owner."""
+        return sum(length for _, length in self._runs)
+
+    def num_owners(self, block: int) -> int:
+        """Return how many sequences own a block."""
+        return self._owners[block]
+
+    def is_free(self, block: int) -> bool:
+        """Return whether a block exists and has no owner."""
+        return 0 <= block < len(self._owners) and self._owners[block] == 0
+
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks until the pool has num_blocks."""
+        first = len(self._owners)
+        if num_blocks > first:
+            self._owners.extend([0] * (num_blocks - first))
+            self._add_run(first, num_blocks - first)
+
+    def allocate(self, count: int, *, after: int | None = None) -> list[int]:
+        """Take count blocks, in one run where there is one.
+
+        Args:
+            count: blocks wanted.
+            after: the sequence's last block; the run is continued there if the next blocks are free.
+
+        Raises:
+            BlockPoolExhausted: fewer than count blocks are free.
+        """
+        if count > self.num_free:
+            raise BlockPoolExhausted(count, self.num_free, self.num_blocks)
+        blocks: list[int] = []
+        if after is not None:
+            while len(blocks) < count and self.is_free(after + 1 + len(blocks)):
+                blocks.append(after + 1 + len(blocks))
+            self._take_run(blocks)
+        while len(blocks) < count:
+            start, length = max(self._runs, key=lambda run: run[1])
+            part = list(range(start, start + min(length, count - len(blocks))))
+            self._take_run(part)
+            blocks += part
+        return blocks
+
+    def allocate_rows(self, counts: Sequence[int]) -> list[list[int]]:
+        """Take counts[i] blocks for each of several new sequences, evenly spaced with room to grow where they fit.
+
+        Raises:
+            BlockPoolExhausted: fewer than sum(counts) blocks are free.
+        """
+        if sum(counts) > self.num_free:
+            raise BlockPoolExhausted(sum(counts), self.num_free, self.num_blocks)
+        start, length = max(self._runs, key=lambda run: run[1], default=[0, 0])
+        step = length // max(len(counts), 1)
+        if max(counts, default=0) > step:
+            return [self.allocate(count) for count in counts]
+        rows = [list(range(start + i * step, start + i * step + count)) for i, count in enumerate(counts)]
+        for row in rows:
+            self._take_run(row)
+        return rows
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add an owner to each block."""
+        for block in blocks:
+            assert self._owners[block] > 0, f"block {block} is free and cannot be shared"
+            self._owners[block] += 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Take an owner from each block; a block without owners can be handed out again."""
+        for block in blocks:
+            assert self._owners[block] > 0, f"block {block} is free already"
+            self._owners[block] -= 1
+            if self._owners[block] == 0:
+                self._add_run(block, 1)
+
+    def _take_run(self, blocks: Sequence[int]) -> None:
+        """Give one owner to blocks, which lie side by side in one free run."""
+        if not blocks:
+            return
+        index = bisect.bisect_right(self._runs, blocks[0], key=lambda run: run[0]) - 1
+        start, length = self._runs[index]
+        before, after = blocks[0] - start, start + length - blocks[-1] - 1
+        assert before >= 0 and after >= 0
+        left = [[start, before]] if before else []
+        right = [[blocks[-1] + 1, after]] if after else []
+        self._runs[index : index + 1] = left + right
+        for block in blocks:
+            self._owners[block] = 1
+
+    def _add_run(self, start: int, length: int) -> None:
+        index = bisect.bisect_left(self._runs, start, key=lambda run: run[0])
+        if index < len(self._runs) and self._runs[index][0] == start + length:
+            length += self._runs.pop(index)[1]
+        if index and sum(self._runs[index - 1]) == start:
+            self._runs[index - 1][1] += length
+        else:
+            self._runs.insert(index, [start, length])
+
+
+class BlockTables:
+    """The blocks and lengths of a batch of sequences over one pool.
+
+    Attributes:
+        rows: the blocks of each sequence, in order; they may reach beyond its length (reserved).
+        lens: tokens stored of each sequence.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.rows: list[list[int]] = []
+        self.lens: list[int] = []
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks hold that many tokens."""
+        return -(-tokens // self.block_size)
+
+    def add_rows(self, capacities: Sequence[int]) -> None:
+        """Add empty sequences with blocks for that many tokens each.
+
+        Raises:
+            BlockPoolExhausted: not enough free blocks; nothing was changed.
+        """
+        self.rows += self.pool.allocate_rows([self.blocks_for(tokens) for tokens in capacities])
+        self.lens += [0] * len(capacities)
+
+    def missing(self, capacities: Sequence[int]) -> int:
+        """Return how many blocks the sequences lack to hold that many tokens each."""
+        return sum(
+            max(self.blocks_for(tokens) - len(row), 0) for tokens, row in zip(capacities, self.rows, strict=True)
+        )
+
+    def reserve(self, capacities: Sequence[int]) -> bool:
+        """Give each sequence blocks for that many tokens; return whether any block was added.
+
+        Raises:
+            BlockPoolExhausted: not enough free blocks; nothing was changed.
+        """
+        missing = self.missing(capacities)
+        if missing > self.pool.num_free:
+            raise BlockPoolExhausted(missing, self.pool.num_free, self.pool.num_blocks)
+        for row, tokens in zip(self.rows, capacities, strict=True):
+            count = self.blocks_for(tokens) - len(row)
+            if count > 0:
+                row += self.pool.allocate(count, after=row[-1] if row else None)
+        return missing > 0
+
+    def truncate(self, lens: Sequence[int], *, keep_blocks: bool = False) -> list[tuple[int, int]]:
+        """Cut each sequence to that many tokens and free what is behind, unless keep_blocks.
+
+        Returns:
+            (source, target) blocks to copy, see :meth:`make_tails_private`.
+
+        Raises:
+            BlockPoolExhausted: not enough blocks for the private tails; nothing was changed.
+        """
+        assert all(0 <= new <= old for old, new in zip(self.lens, lens, strict=True))
+        kept = [len(row) if keep_blocks else self.blocks_for(new) for row, new in zip(self.rows, lens, strict=True)]
+        self._check_room([row[:count] for row, count in zip(self.rows, kept, strict=True)], lens)
+        for row, count in zip(self.rows, kept, strict=True):
+            self.pool.free(row[count:])
+            del row[count:]
+        self.lens = list(lens)
+        return self.make_tails_private()
+
+    def select(self, index: Sequence[int]) -> list[tuple[int, int]]:
+        """Make the batch rows[index[0]], rows[index[1]], ...; a sequence named twice shares its full blocks.
+
+        Returns:
+            (source, target) blocks to copy, see :meth:`make_tails_private`.
+
+        Raises:
+            BlockPoolExhausted: not enough blocks for the private tails; nothing was changed.
+        """
+        rows = [list(self.rows[i]) for i in index]
+        lens = [self.lens[i] for i in index]
+        self._check_room(rows, lens)
+        for row in rows:
+            self.pool.share(row)
+        for row in self.rows:
+            self.pool.free(row)
+        self.rows, self.lens = rows, lens
+        return self.make_tails_private()
+
+    def make_tails_private(self) -> list[tuple[int, int]]:
+        """Give each sequence blocks of its own from its next token on.
+
+        Returns:
+            (source, target) pairs: the partly filled blocks whose content has to be copied before anything is written.
+
+        Raises:
+            BlockPoolExhausted: not enough free blocks; nothing was changed.
+        """
+        self._check_room(self.rows, self.lens)
+        copies = []
+        for row, seq_len in zip(reversed(self.rows), reversed(self.lens), strict=True):
+            first = seq_len // self.block_size
+            for i in range(first, len(row)):
+                if self.pool.num_owners(row[i]) == 1:
+                    continue
+                block = self.pool.allocate(1, after=row[i - 1] if i else None)[0]
+                if i == first and seq_len % self.block_size:
+                    copies.append((row[i], block))
+                self.pool.free([row[i]])
+                row[i] = block
+        return copies
+
+    def release(self) -> None:
+        """Free all blocks and forget all sequences."""
+        for row in self.rows:
+            self.pool.free(row)
+        self.rows, self.lens = [], []
+
+    def _check_room(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> None:
+        """Raise BlockPoolExhausted if the tails of the planned rows could not be made private."""
+        wanted = self._shared_tails(rows, lens)
+        dropped = {block for row in self.rows for block in row} - {block for row in rows for block in row}
+        free = self.pool.num_free + len(dropped)
+        if wanted > free:
+            raise BlockPoolExhausted(wanted, free, self.pool.num_blocks)
+
+    def _shared_tails(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> int:
+        """Count the blocks that have to be given out so that no block at or behind a sequence's end is shared."""
+        inside = {b for row, n in zip(rows, lens, strict=True) for b in row[: n // self.block_size]}
+        tails = Counter(b for row, n in zip(rows, lens, strict=True) for b in row[n // self.block_size :])
+        return sum(count - 1 + (block in inside) for block, count in tails.items())

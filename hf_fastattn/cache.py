@@ -1,0 +1,446 @@
+"""PagedCache: transformers' ``Cache`` over blocks.
+
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023. The Cache
+protocol comes in here; block tables and lengths go out to the attention function (see :mod:`hf_fastattn.attention`).
+The one decision: ``update`` returns handles and the attention function stores the states, because it alone sees the mask;
+so padding is never stored and decoding needs no mask. Under another attention implementation, or in a model that computes
+with keys and values itself, the same cache stores every column and returns dense tensors.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from . import ops
+from .block_pool import BlockPoolExhausted
+from .handles import Handle, NewStates
+from .paged_state import DeviceTables, PagedState, Step
+
+IMPLEMENTATION = "fastattn"
+"""Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
+
+_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer of a :class:`PagedCache`: its part of the block pool.
+
+    Attributes:
+        k_cache, v_cache: (num_blocks, block_size, num_kv_heads, head_dim), None before the first use.
+    """
+
+    is_croppable = True
+    is_sliding = False  # every layer keeps all tokens; a window is applied when attending
+
+    def __init__(self, cache: "PagedCache", layer_idx: int) -> None:
+        self.cache, self.layer_idx = cache, layer_idx
+        self.k_cache: Tensor | None = None
+        self.v_cache: Tensor | None = None
+        self.is_initialized = False
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether a decode step over the cache can be compiled and captured."""
+        return self.cache.state.reserved and self.cache.uses_handles
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys as a dense copy, (num_seqs, num_kv_heads, columns, head_dim); columns never stored are 0."""
+        return None if self.k_cache is None else self.cache.dense(self)[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """All values as a dense copy, like :attr:`keys`."""
+        return None if self.v_cache is None else self.cache.dense(self)[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache, -1 before its first use."""
+        return self.cache.state.num_seqs or -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the layer's blocks from the shapes of its first states."""
+        state = self.cache.state
+        if state.num_seqs == 0:
+            with self.cache.explain_exhaustion(key_states):
+                state.add_batch(key_states.shape[0], key_states.shape[2])
+        state.on(key_states.device)
+        blocks, size = state.pool.num_blocks, state.block_size
+        self.k_cache = key_states.new_empty(blocks, size, key_states.shape[1], key_states.shape[3])
+        self.v_cache = value_states.new_empty(blocks, size, value_states.shape[1], value_states.shape[3])
+        for tensor in (self.k_cache, self.v_cache):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = NewStates(self, key_states, value_states)
+        if self.cache.uses_handles:
+            return Handle(new, 0), Handle(new, 1)
+        return self.cache.store_dense(new)
+
+    def touch(self, pair: NewStates) -> tuple[Tensor, Tensor]:
+        """Serve code that computes with a handle: dense tensors, from now on."""
+        if not self.cache.made_dense:
+            warnings.warn(
+                "a model computes with cached keys or values itself: PagedCache hands out dense copies of them at every "
+                "step, which is slower than DynamicCache",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self.cache.store_dense(pair)
+
+    def columns_with(self, query_len: int) -> int:
+        """Columns of the layer with so many new ones."""
+        return self.cache.state.columns + query_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (kv_length, kv_offset); the negative capacity tells our mask function that the cache is paged."""
+        return self.cache.mask_sizes(query_length)
+
+    def get_seq_length(self) -> int:
+        """Return the columns seen by complete forward passes, padding included."""
+        return self.cache.columns() if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Return the most tokens per sequence, -1 without a limit."""
+        return -1 if self.cache.state.max_length is None else self.cache.state.max_length
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.cache.reset()
+
+    def _whole_cache(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("the layers of a PagedCache share their blocks: call this on the cache, not on one layer")
+
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = offload = prefetch = _whole_cache
+
+
+class PagedCache(Cache):
+    """KV cache in blocks for ``model.generate(..., past_key_values=cache)``.
+
+    Args:
+        config: the model's own config object (``model.config``): its attention implementation is looked up there.
+        block_size: tokens per block, a power of two from 16 to 256.
+        num_blocks: blocks in the pool, allocated once; a full pool raises :class:`BlockPoolExhausted`. None: as needed.
+        max_length: most tokens per sequence. Without num_blocks, every sequence gets room for that many at once, which
+            lets generate() compile the decode step; with it, it is only a limit.
+
+    Raises:
+        ValueError: a bad size, or a model that keeps other state than keys and values (state space, encoder-decoder).
+
+    Tests: tests/test_paged_cache.py, tests/test_cache_machine.py.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        block_size: int = 64,
+        num_blocks: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.config = _text_config(config)
+        if block_size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
+        for name, value in (("num_blocks", num_blocks), ("max_length", max_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        types = _layer_types(self.config)
+        sliding = any(kind.startswith("sliding") for kind in types) or getattr(self.config, "sliding_window", None)
+        layers = [PagedLayer(self, i) for i in range(self.config.num_hidden_layers)]
+        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), layers)
+        self.made_dense = "chunked_attention" in types
+        super().__init__(layers=layers)
+
+    # What the attention function uses ------------------------------------------------------------------------------
+
+    @property
+    def uses_handles(self) -> bool:
+        """Whether update() returns handles: under fastattn, unless the cache was made to hand out dense tensors."""
+        return not self.made_dense and self.config._attn_implementation == IMPLEMENTATION
+
+    def begin_step(self, layer: PagedLayer, new: NewStates, mask: Tensor | None) -> tuple[Step, DeviceTables]:
+        """Return the forward pass that a layer attends in, begun if it is the first to attend.
+
+        Args:
+            layer: the attending layer.
+            new: its new states.
+            mask: (num_seqs, columns) int8, non-zero where a column may be seen; None when all may.
+
+        Raises:
+            BlockPoolExhausted: no room for the new tokens; the cache is as before the forward pass.
+        """
+        step = self.state.step
+        if step is None or layer.layer_idx <= step.first_layer:
+            if torch.compiler.is_compiling() and mask is None:
+                step = self.state.begin_compiled(layer.layer_idx, new.k.shape[2], new.k.device)
+            else:
+                step = self._begin(layer.layer_idx, new.k, mask)
+        return step, self.state.on(new.k.device)
+
+    def store(self, layer: PagedLayer, new: NewStates, step: Step, tables: DeviceTables) -> None:
+        """Write a layer's new states into its blocks."""
+        assert layer.k_cache is not None and layer.v_cache is not None
+        positions = None if step.positions is None else step.positions.to(new.k.device)
+        ops.store_kv(
+            new.k, new.v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions
+        )
+
+    def store_dense(self, new: NewStates, *, commit: bool = True) -> tuple[Tensor, Tensor]:
+        """Store all new columns and return all keys and values dense; the cache stays dense from now on.
+
+        Args:
+            new: a layer's new states.
+            commit: end the forward pass if the layer is the last one that caches.
+        """
+        layer = new.layer
+        assert isinstance(layer, PagedLayer)
+        self.made_dense = True
+        step = self.state.step
+        if step is None or layer.layer_idx <= step.first_layer:
+            step = self._begin(layer.layer_idx, new.k, None, mask_known=False)
+        tables = self.state.on(new.k.device)
+        self.store(layer, new, step, tables)
+        dense = self.dense(layer)
+        if commit and layer.layer_idx == _last_caching_layer(self.config):
+            self.state.commit()
+        return dense
+
+    def dense(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
+        """Copy a layer's keys and values out of the blocks, (num_seqs, num_kv_heads, columns, head_dim) each."""
+        assert layer.k_cache is not None and layer.v_cache is not None
+        state, device = self.state, layer.k_cache.device
+        if state.step is None:
+            state.sync()
+        columns = state.columns + (state.step.query_len if state.step is not None else 0)
+        stored = torch.ones(state.num_seqs, columns, dtype=torch.bool, device=device)
+        known = state.step.stored if state.step is not None else state.stored
+        if known is not None:
+            stored[:, : known.shape[1]] = known.to(device)
+        positions = (stored.cumsum(1) - 1).clamp(min=0)
+        blocks = state.on(device).block_table.long().gather(1, positions // state.block_size)
+        index = blocks.clamp(min=0) * state.block_size + positions % state.block_size
+        return tuple(
+            cache.flatten(0, 1)[index].masked_fill(~stored[:, :, None, None], 0).transpose(1, 2)
+            for cache in (layer.k_cache, layer.v_cache)
+        )  # type: ignore[return-value]
+
+    # The Cache protocol ----------------------------------------------------------------------------------------------
+
+    def columns(self) -> Any:
+        """Return the columns of complete forward passes: an int, or a tensor inside a compiled graph."""
+        if torch.compiler.is_compiling():
+            return next(iter(self.state.devices.values())).columns
+        self.state.sync()
+        return self.state.columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Return the columns before the new ones, without waiting for the device: a tensor after compiled steps."""
+        if not self.layers[layer_idx].is_initialized:
+            return 0
+        if not torch.compiler.is_compiling() and self.state.behind:
+            return next(iter(self.state.devices.values())).columns
+        return self.columns()
+
+    def mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return what :meth:`PagedLayer.get_mask_sizes` does; also where compiled steps are kept inside the capacity."""
+        if not self.uses_handles:
+            return self.columns() + query_length, 0
+        state = self.state
+        if not torch.compiler.is_compiling() and state.behind and state.max_length is not None:
+            state.unsynced += query_length
+            if state.columns + state.unsynced > state.max_length:
+                state.sync()
+                longest = max(state.tables.lens) + query_length
+                if longest > state.max_length:
+                    raise self.exhausted(state.too_long(longest))
+        return -(state.max_length or 1), 0
+
+    def early_initialization(
+        self,
+        batch_size: int,
+        num_heads: int | list[int],
+        head_dim: int | list[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Allocate every layer before the first forward pass."""
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, torch.device(device))
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache, -1 before its first use."""
+        return self.state.num_seqs or -1
+
+    def reset(self) -> None:
+        """Forget all tokens; the pool stays allocated."""
+        self.state.release()
+        self.made_dense = "chunked_attention" in _layer_types(self.config)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove < 0 and self.state.num_seqs:
+            with self.explain_exhaustion():
+                self.state.crop(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sequence i the old sequence beam_idx[i]: table rows move, keys and values stay (beam search)."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; the copies share its full blocks."""
+        self._select([i for i in range(self.state.num_seqs) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the sequences ``indices`` (integers, or a boolean mask over the batch)."""
+        index = indices if indices.dtype != torch.bool else indices.nonzero().flatten()
+        self._select(index.tolist())
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every token is kept, so that :meth:`crop` can always go back."""
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        state = self.state
+        used = state.pool.num_blocks - state.pool.num_free
+        return (
+            f"PagedCache(block_size={state.block_size}, num_blocks={state.pool.num_blocks}, used={used}, "
+            f"sequences={state.num_seqs}, columns={state.columns}, layers={len(self.layers)})"
+        )
+
+    # Copies and conversions --------------------------------------------------------------------------------------------
+
+    def to_dynamic(self) -> DynamicCache:
+        """Return a DynamicCache with the same contents; columns never stored are 0, as the mask must hide them."""
+        data = [self.dense(layer) for layer in self.layers if layer.is_initialized]
+        return DynamicCache(data)
+
+    @classmethod
+    def from_dynamic(
+        cls, cache: DynamicCache, config: PreTrainedConfig, *, attention_mask: Tensor | None = None, **sizes: Any
+    ) -> "PagedCache":
+        """Make a PagedCache from a DynamicCache whose layers hold all columns.
+
+        Args:
+            cache: the source, left as it is.
+            config: the model's config.
+            attention_mask: (num_seqs, columns), 0 at padding; needed if rows are padded, since their columns differ then.
+            sizes: block_size, num_blocks, max_length.
+
+        Raises:
+            ValueError: layers that dropped columns (a sliding window), or a mask of another shape.
+        """
+        lengths = {layer.keys.shape[2] for layer in cache.layers if layer.is_initialized}
+        if len(lengths) > 1 or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise ValueError(f"expected layers that hold all columns; these hold {sorted(lengths)}, or drop old ones")
+        paged = cls(config, **sizes)
+        for layer, old in zip(paged.layers, cache.layers, strict=False):
+            if not old.is_initialized:
+                continue
+            new = NewStates(layer, old.keys, old.values)
+            layer.lazy_initialization(old.keys, old.values)
+            step, tables = paged.begin_step(layer, new, attention_mask)
+            paged.store(layer, new, step, tables)
+        if paged.state.step is not None:
+            paged.state.commit()
+        return paged
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
+        memo[id(self.config)] = self.config  # the model's own object: both caches follow its attention implementation
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "made_dense": self.made_dense, "state": self.state.snapshot()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        state = saved["state"]
+        self.__init__(saved["config"], **state["sizes"])  # type: ignore[misc]
+        self.made_dense = saved["made_dense"]
+        self.state.restore(state)
+        for layer in self.layers:
+            layer.is_initialized = layer.k_cache is not None
+
+    # Parts -------------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
+        with self.explain_exhaustion():
+            return self.state.begin(layer_idx, new, mask, mask_known=mask_known)
+
+    def _select(self, index: list[int]) -> None:
+        if not self.state.num_seqs:
+            return
+        with self.explain_exhaustion():
+            self.state.select(index)
+
+    @contextmanager
+    def explain_exhaustion(self, states: Tensor | None = None) -> Iterator[None]:
+        """Say in tokens and bytes what a full pool lacks, and what to change."""
+        try:
+            yield
+        except BlockPoolExhausted as full:
+            raise self.exhausted(full, states) from None
+
+    def exhausted(self, full: BlockPoolExhausted, states: Tensor | None = None) -> BlockPoolExhausted:
+        """Return the error for a full pool with its sizes in tokens and bytes."""
+        size = self.state.block_size
+        layers = [layer for layer in self.layers if layer.k_cache is not None]
+        per_block = sum(t[0].numel() * t.element_size() for layer in layers for t in (layer.k_cache, layer.v_cache))
+        if not layers and states is not None:
+            heads, head_dim = states.shape[1], states.shape[3]
+            per_block = 2 * len(self.layers) * size * heads * head_dim * states.element_size()
+        advice = "max_length" if self.state.max_length is not None and self.state.num_blocks is None else "num_blocks"
+        detail = (
+            f" ({full.wanted * size} tokens, {full.wanted * per_block / 2**20:.1f} MiB; the pool holds "
+            f"{full.total * size} tokens in {full.total * per_block / 2**20:.1f} MiB){full.detail}. The cache is as it was "
+            f"before the call. Pass a larger {advice} to PagedCache, a smaller batch, or shorter sequences"
+        )
+        return BlockPoolExhausted(full.wanted, full.free, full.total, detail)
+
+
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the text decoder, or raise if a PagedCache cannot serve it."""
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise ValueError(
+            f"PagedCache serves decoder-only models, not the encoder-decoder {config.model_type}: use its default cache"
+        )
+    other = sorted(set(_layer_types(text)) - _ATTENTION_TYPES)
+    if other:
+        raise ValueError(
+            f"PagedCache stores keys and values only, {config.model_type} also has {', '.join(other)} layers: "
+            "use its default cache"
+        )
+    return text
+
+
+def _layer_types(config: PreTrainedConfig) -> list[str]:
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if types is None:
+        types = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else ["full_attention"]
+    return list(types)
+
+
+def _last_caching_layer(config: PreTrainedConfig) -> int:
+    """Return the last layer that stores keys and values of its own (later ones may share those of earlier layers)."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        return max(i for i, mode in enumerate(modes) if mode != "reuse")
+    return config.num_hidden_layers - 1 - (getattr(config, "num_kv_shared_layers", None) or 0)

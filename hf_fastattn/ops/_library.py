@@ -1,0 +1,61 @@
+"""Registration of the ops with PyTorch's dispatcher.
+
+``Library.define`` and ``impl`` rather than ``custom_op``: a call costs 2 to 3 us instead of 4 to 16, and a decode step
+makes two calls per layer. A CUDA tensor takes the Triton launcher from :mod:`hf_fastattn.kernels` (imported at the first
+call), every other device the PyTorch implementation beside the op's definition.
+"""
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("hf_fastattn", "DEF")
+_TORCH_KEYS = ("CPU", "MPS", "XPU")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def define_op(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``hf_fastattn::<name>`` and return its overload packet.
+
+    Args:
+        name: also the name of the module in ``hf_fastattn.kernels`` whose ``launch`` runs on CUDA tensors.
+        schema: arguments and result in the dispatcher's language, without the name.
+        implementation: the PyTorch implementation, called with the schema's arguments by position.
+        fake: shapes and dtypes of the result, for tracing.
+    """
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in _TORCH_KEYS:
+        LIBRARY.impl(name, implementation, key)
+    LIBRARY.impl(name, _kernel_or(name, implementation), "CUDA")
+    torch.library.register_fake(f"hf_fastattn::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.hf_fastattn, name).default
+
+
+def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the CUDA implementation of an op: its launcher, or PyTorch where there is no launcher to be had."""
+    launch: Callable[..., Any] | None = None
+
+    def on_cuda(*args: Any) -> Any:
+        nonlocal launch
+        if launch is None:
+            launch = _find_launcher(name, implementation)
+        return launch(*args)
+
+    return on_cuda
+
+
+def _find_launcher(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    if not has_triton():
+        warnings.warn(f"Triton is not installed: {name} runs through PyTorch, slower", RuntimeWarning, stacklevel=2)
+        return implementation
+    return importlib.import_module(f"hf_fastattn.kernels.{name}").launch

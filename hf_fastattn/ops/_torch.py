@@ -1,0 +1,204 @@
+"""The attention ops in PyTorch: what a CPU runs, and any device without a Triton kernel.
+
+Built for speed where a CPU spends its time: sequences whose blocks lie in one run are read through a view without a copy,
+the query heads of one key head become rows of one tile (so that keys are read once, not once per query head), a sliding
+window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_TILE = 1024
+"""Queries attended at once where a mask is needed: bounds the memory of the mask."""
+
+
+def attend_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_positions: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attend over blocks: one call on a view where the batch allows it, else sequence by sequence."""
+    num_seqs, num_heads, query_len, _ = q.shape
+    lens = seq_lens.tolist()
+    limit = block_table.shape[1] * k_cache.shape[1]
+    if lens and max(lens) > limit:
+        raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
+    options = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
+    if query_positions is None and lens and min(lens) == max(lens):
+        views = _batch_view(k_cache, block_table, lens[0]), _batch_view(v_cache, block_table, lens[0])
+        if views[0] is not None and views[1] is not None:
+            return attend_dense(q, views[0], views[1], key_mask, sinks, **options)
+    out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])
+    for row, seq_len in enumerate(lens):
+        k, v = _row(k_cache, block_table[row], seq_len), _row(v_cache, block_table[row], seq_len)
+        q_row, mask = q[row : row + 1], None if key_mask is None else key_mask[row : row + 1]
+        if query_positions is None:
+            out[row] = attend_dense(q_row, k, v, mask, sinks, **options)[0]
+            continue
+        positions = query_positions[row]
+        real = (positions >= 0).nonzero().flatten()
+        count = real.numel()
+        if count == 0:
+            continue
+        last = int(positions[real[-1]]) + 1  # in-order positions without a gap end at `last`
+        if causal and last - int(positions[real[0]]) == count:
+            k, v = k[:, :, :last], v[:, :, :last]
+            out[row, real] = attend_dense(q_row[:, :, real], k, v, mask, sinks, **options)[0]
+        else:
+            out[row, real] = _attend_tiles(q_row[:, :, real], k, v, mask, sinks, positions[real], **options)[0]
+    return out
+
+
+def attend_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attend over dense keys (num_seqs, num_kv_heads, seq_len, head_dim), queries aligned with the last key."""
+    query_len, seq_len = q.shape[2], k.shape[2]
+    if q.shape[0] == 0 or query_len == 0 or seq_len == 0:
+        return q.new_zeros(q.shape[0], query_len, q.shape[1], v.shape[3])
+    if key_mask is not None:
+        key_mask = key_mask[:, :seq_len]
+        if bool(key_mask.all()):
+            key_mask = None
+    if causal and query_len == 1 and window < seq_len:
+        k, v = k[:, :, -window:], v[:, :, -window:]
+        key_mask = None if key_mask is None else key_mask[:, -window:]
+    windowed = causal and window < k.shape[2]
+    plain = key_mask is None and softcap == 0.0 and sinks is None
+    if plain and (not causal or query_len == 1):
+        return _sdpa(q, k, v, softmax_scale)
+    if plain and query_len == seq_len and not windowed:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+    positions = torch.arange(seq_len - query_len, seq_len, device=q.device) if query_len > 1 and causal else None
+    return _attend_tiles(
+        q, k, v, key_mask, sinks, positions, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap
+    )
+
+
+def _attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    positions: Tensor | None,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attend tile by tile of queries, each on the keys that it can see. positions: (query_len,), rising."""
+    outs = []
+    for start in range(0, q.shape[2], QUERY_TILE):
+        q_tile = q[:, :, start : start + QUERY_TILE]
+        if positions is None or not causal:
+            first, last, visible = 0, k.shape[2], None
+        else:
+            rows = positions[start : start + QUERY_TILE].to(torch.int64)
+            first = min(max(int(rows[0]) - window + 1, 0), k.shape[2])
+            last = max(int(rows[-1]) + 1, 0)
+            columns = torch.arange(first, min(last, k.shape[2]), device=q.device)
+            visible = (columns <= rows[:, None]) & (columns > rows[:, None] - window)
+            visible = visible[None]  # (1, tile, keys)
+        if key_mask is not None:
+            keys = key_mask[:, None, first:last].bool()
+            visible = keys if visible is None else visible & keys
+        outs.append(_masked(q_tile, k[:, :, first:last], v[:, :, first:last], visible, sinks, softmax_scale, softcap))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor | None, softmax_scale: float, softcap: float
+) -> Tensor:
+    """Attend under a mask (1 or num_seqs, 1 or query_len, seq_len); a query that sees no key gives 0."""
+    num_seqs, num_heads, query_len, _ = q.shape
+    num_kv_heads = k.shape[1]
+    if k.shape[2] == 0:
+        return q.new_zeros(num_seqs, query_len, num_heads, v.shape[3])
+    if softcap == 0.0 and sinks is None:
+        mask = None if visible is None else visible[:, None]
+        return _sdpa(q, k, v, softmax_scale, mask)
+    grouped = q.reshape(num_seqs, num_kv_heads, -1, query_len, q.shape[3])
+    scores = torch.matmul(grouped, k[:, :, None].transpose(3, 4)).float() * softmax_scale
+    if softcap > 0.0:
+        scores = torch.tanh(scores / softcap) * softcap
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    peak = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        logits = sinks.float().view(1, num_kv_heads, -1, 1, 1)
+        peak = torch.maximum(peak, logits)
+    peak = peak.clamp(min=torch.finfo(torch.float32).min)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(logits - peak)
+    weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+    out = torch.matmul(weights.to(v.dtype), v[:, :, None])
+    return out.reshape(num_seqs, num_heads, query_len, -1).transpose(1, 2).contiguous()
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None = None) -> Tensor:
+    """Call PyTorch's attention without causality; few queries are packed by key head so that keys are read once."""
+    num_seqs, num_heads, query_len, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    if group > 1 and (query_len == 1 or group * query_len <= 128):
+        packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
+        out = out.reshape(num_seqs, num_heads, query_len, v.shape[3])
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
+    return out.transpose(1, 2).contiguous()
+
+
+def _batch_view(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor | None:
+    """View equally long sequences as (num_seqs, heads, seq_len, dim) if each lies in one run, evenly spaced; else None."""
+    num_seqs, block_size = block_table.shape[0], cache.shape[1]
+    num_blocks = -(-seq_len // block_size)
+    if num_blocks == 0 or cache.stride(0) != block_size * cache.stride(1):
+        return None
+    first = block_table[:, 0].tolist()
+    step = first[1] - first[0] if num_seqs > 1 else 0
+    if step < 0 or first[0] < 0 or any(b - a != step for a, b in zip(first, first[1:], strict=False)):
+        return None
+    if num_blocks > 1:
+        run = torch.arange(num_blocks, dtype=torch.int32, device=block_table.device)
+        if not torch.equal(block_table[:, :num_blocks], block_table[:, :1] + run):
+            return None
+    shape = (num_seqs, cache.shape[2], seq_len, cache.shape[3])
+    strides = (step * cache.stride(0), cache.stride(2), cache.stride(1), cache.stride(3))
+    return cache.as_strided(shape, strides, cache.storage_offset() + first[0] * cache.stride(0))
+
+
+def _row(cache: Tensor, blocks: Tensor, seq_len: int) -> Tensor:
+    """Return one sequence as (1, heads, seq_len, dim): a view where its blocks are one run, else a gathered copy."""
+    view = _batch_view(cache, blocks[None], seq_len)
+    if view is not None:
+        return view
+    ids = blocks[: -(-seq_len // cache.shape[1])].long()
+    return cache.index_select(0, ids).flatten(0, 1)[:seq_len].transpose(0, 1)[None]

@@ -1,0 +1,109 @@
+"""decode_attention: FlashDecoding over a block table, for the last few queries of each sequence.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023 (split the keys, combine the partial results), over
+PagedAttention's blocks (Kwon et al., 2023). The one decision: lengths and tables are read on the device, so that one
+captured launch serves every step.
+"""
+
+from torch import Tensor
+
+from ._library import define_op
+from ._torch import attend_dense, attend_paged
+from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    window: int = NO_WINDOW,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attend the last ``query_len`` (1 to 32) positions of each sequence to its keys, causally.
+
+    Query i stands at position ``seq_len - query_len + i`` and sees the keys at positions in
+    ``(position - window, position]`` that key_mask does not hide. A query that sees no key gives 0.
+
+    Args:
+        q: (num_seqs, num_heads, query_len, head_dim); any strides with contiguous head_dim.
+        k: dense: (num_seqs, num_kv_heads, seq_len, head_dim). Paged: (num_blocks, block_size, num_kv_heads, head_dim),
+            block_size a power of two from 16 to 256 on a GPU.
+        v: like k, its head size may differ.
+        softmax_scale: factor on q @ k, usually ``head_dim ** -0.5``.
+        block_table: (num_seqs, max_blocks) int32, -1 padded; makes the call paged.
+        seq_lens: (num_seqs,) int32, tokens of each sequence in the blocks, the current queries' own included. Read on
+            the device; at most ``max_blocks * block_size``.
+        key_mask: (num_seqs, at least seq_len) int8 or bool, non-zero where the key may be seen.
+        sinks: (num_heads,) a learned logit per head that takes part in the softmax and has no value (gpt-oss).
+        window: sliding window in tokens, the query's own included.
+        softcap: ``softcap * tanh(score / softcap)`` on the scaled scores (Gemma 2); 0 is off.
+
+    Returns:
+        (num_seqs, query_len, num_heads, v's head_dim), contiguous, dtype and device of q.
+
+    Supported on a GPU: fp16, bf16 and fp32 (IEEE, not TF32), head sizes to 256; larger ones through PyTorch.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not belong together, or more than 32 queries per sequence.
+
+    Oracle: :func:`hf_fastattn.reference.decode_attention`; tests: tests/test_ops.py,
+    tests/interpret/test_decode_attention.py.
+    """
+    check_attention(q, k, v, block_table, seq_lens, sinks)
+    if q.shape[2] > MAX_DECODE_QUERY_LEN:
+        raise ValueError(
+            f"decode_attention takes at most {MAX_DECODE_QUERY_LEN} queries per sequence, got {q.shape[2]}: "
+            "use prefill_attention"
+        )
+    return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, softmax_scale, window, softcap)
+
+
+def _torch_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    if block_table is None or seq_lens is None:
+        return attend_dense(
+            q, k, v, key_mask, sinks, softmax_scale=softmax_scale, causal=True, window=window, softcap=softcap
+        )
+    return attend_paged(
+        q,
+        k,
+        v,
+        block_table,
+        seq_lens,
+        None,
+        key_mask,
+        sinks,
+        softmax_scale=softmax_scale,
+        causal=True,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def _fake_decode_attention(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+_OP = define_op(
+    "decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? seq_lens, Tensor? key_mask, Tensor? sinks, "
+    "float softmax_scale, int window, float softcap) -> Tensor",
+    _torch_decode_attention,
+    _fake_decode_attention,
+)

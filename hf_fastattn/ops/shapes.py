@@ -1,0 +1,45 @@
+"""Shapes and limits that the ops share: neutral values, supported head sizes, and the checks made before a launch."""
+
+import torch
+from torch import Tensor
+
+NO_WINDOW = 2**31 - 1
+"""Window of a layer that sees every earlier token: the neutral value, so that kernels need no switch."""
+
+MAX_HEAD_DIM = 256
+"""Largest head size of the Triton kernels; a larger one takes the PyTorch implementation."""
+
+MAX_DECODE_QUERY_LEN = 32
+"""Longest query that decode_attention takes; more queries per sequence are a prefill."""
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, seq_lens: Tensor | None, sinks: Tensor | None
+) -> None:
+    """Raise ValueError if the shapes of an attention call do not belong together (O(1), no device access)."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"expected 4-dimensional q, k and v, got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
+    paged = block_table is not None
+    num_heads, num_kv_heads = q.shape[1], k.shape[2] if paged else k.shape[1]
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k and v must agree in all but the head size, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key/value heads")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head size {q.shape[3]}, k has {k.shape[3]}")
+    if sinks is not None and tuple(sinks.shape) != (num_heads,):
+        raise ValueError(f"sinks must have shape ({num_heads},), got {tuple(sinks.shape)}")
+    if paged != (seq_lens is not None):
+        raise ValueError("block_table and seq_lens belong together: pass both (paged) or neither (dense)")
+    if block_table is not None and seq_lens is not None:
+        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0] or seq_lens.shape != block_table.shape[:1]:
+            raise ValueError(
+                f"expected block_table ({q.shape[0]}, max_blocks) and seq_lens ({q.shape[0]},), "
+                f"got {tuple(block_table.shape)} and {tuple(seq_lens.shape)}"
+            )
+        if block_table.dtype != torch.int32 or seq_lens.dtype != torch.int32:
+            raise TypeError(f"block_table and seq_lens must be int32, got {block_table.dtype} and {seq_lens.dtype}")
+    elif k.shape[0] != q.shape[0]:
+        raise ValueError(f"q has batch size {q.shape[0]}, k has {k.shape[0]}")

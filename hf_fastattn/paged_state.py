@@ -1,0 +1,417 @@
+"""What a paged cache knows besides its keys and values: blocks, lengths, columns and padding. No transformers here.
+
+transformers counts columns: every row of a batch has as many, padding included. The blocks hold tokens: a column that the
+mask hides is not stored, so rows have lengths of their own. :class:`PagedState` keeps both counts, on the host (for
+allocation) and on each device (for the kernels), and moves from one to the next in steps: ``begin`` plans a forward
+pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .block_pool import BlockPool, BlockPoolExhausted, BlockTables
+
+GROWTH_SLACK = 256
+"""Tokens per sequence that an unsized cache makes room for beyond its first forward pass."""
+
+
+class Store(Protocol):
+    """The keys and values of one layer: (num_blocks, block_size, num_kv_heads, head_dim), None before its first use."""
+
+    k_cache: Tensor | None
+    v_cache: Tensor | None
+
+
+@dataclass
+class Step:
+    """One forward pass over the cache.
+
+    Attributes:
+        query_len: new columns.
+        fresh: nothing was cached before, so that the new keys are all keys.
+        positions: (num_seqs, query_len) int32, position of each new column in its sequence, -1 where it is not stored;
+            None when every column is stored.
+        mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
+    """
+
+    query_len: int
+    fresh: bool
+    first_layer: int
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+    lens: list[int] = field(default_factory=list)
+    seen: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns may be seen
+    stored: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns are stored
+
+
+@dataclass
+class DeviceTables:
+    """The tensors that kernels on one device read.
+
+    Attributes:
+        block_table: (num_seqs, max_blocks) int32, -1 padded.
+        past_lens: (num_seqs,) int32, tokens stored by complete forward passes.
+        seq_lens: (num_seqs,) int32, the same with the tokens of the current pass.
+        columns: () int64, columns of complete forward passes.
+        key_mask: (num_seqs, max_blocks * block_size) int8, 0 where a stored token may not be seen; None when all may.
+    """
+
+    block_table: Tensor
+    past_lens: Tensor
+    seq_lens: Tensor
+    columns: Tensor
+    key_mask: Tensor | None = None
+
+
+class PagedState:
+    """Bookkeeping of one paged cache: see the module's docstring.
+
+    Args:
+        block_size: tokens per block.
+        num_blocks: blocks of the pool, fixed; None lets it grow.
+        max_length: tokens that each sequence is given room for at once; None gives blocks as they are needed.
+        keep_hidden: store hidden columns too, except before a sequence's first token. A sliding window counts columns.
+        stores: the layers, whose caches are copied when the pool grows or sequences part ways.
+    """
+
+    def __init__(
+        self, block_size: int, num_blocks: int | None, max_length: int | None, keep_hidden: bool, stores: Sequence[Store]
+    ) -> None:
+        self.block_size, self.num_blocks, self.max_length = block_size, num_blocks, max_length
+        self.keep_hidden = keep_hidden
+        self.stores = stores
+        self.pool = BlockPool(num_blocks or 0)
+        self.tables = BlockTables(self.pool, block_size)
+        self.devices: dict[torch.device, DeviceTables] = {}
+        self.step: Step | None = None
+        self.columns = 0
+        self.seen: Tensor | None = None
+        self.stored: Tensor | None = None
+        self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
+        self.unsynced = 0
+
+    @property
+    def num_seqs(self) -> int:
+        """Rows of the batch, 0 before the first forward pass."""
+        return len(self.tables.rows)
+
+    @property
+    def reserved(self) -> bool:
+        """Whether every sequence has blocks for max_length tokens, so that steps allocate nothing."""
+        return self.max_length is not None and self.num_blocks is None
+
+    # Steps ---------------------------------------------------------------------------------------------------------
+
+    def add_batch(self, num_seqs: int, query_len: int) -> None:
+        """Make the (empty) sequences of the first forward pass."""
+        tokens = self.max_length if self.max_length is not None else query_len + GROWTH_SLACK
+        wanted = num_seqs * self.tables.blocks_for(tokens)
+        if self.num_blocks is None and wanted > self.pool.num_blocks:
+            self.resize(wanted)
+        self.tables.add_rows([tokens if self.reserved else 0] * num_seqs)
+        self.refresh()
+
+    def on(self, device: torch.device) -> DeviceTables:
+        """Return the tables on a device, made on first use."""
+        if device not in self.devices:
+            self.devices[device] = self._make_tables(device)
+            if self.step is not None:
+                self._plan_on(device, self.step)
+        return self.devices[device]
+
+    def begin(
+        self, layer_idx: int, new: Tensor, mask: Tensor | None = None, *, mask_known: bool = True
+    ) -> Step:
+        """Plan a forward pass: find room for its tokens and set ``seq_lens``.
+
+        Args:
+            layer_idx: the layer that attends first.
+            new: (num_seqs, num_kv_heads, query_len, head_dim), its new keys.
+            mask: (num_seqs, columns so far + query_len), non-zero where a column may be seen; None for all.
+            mask_known: False if somebody else masks: all new columns are stored, and earlier ones are not compared.
+
+        Raises:
+            BlockPoolExhausted: no room; ValueError: another batch size, or a mask that does not belong to the cache.
+        """
+        self.sync()
+        num_seqs, _, query_len, _ = new.shape
+        if self.num_seqs == 0:
+            self.add_batch(num_seqs, query_len)
+        self.on(new.device)
+        if num_seqs != self.num_seqs:
+            raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
+        step = Step(query_len, self.columns == 0, layer_idx)
+        self._plan_columns(step, mask, mask_known)
+        self._reserve(step.lens)
+        for device in self.devices:
+            self._plan_on(device, step)
+        self.step = step
+        return step
+
+    def begin_compiled(self, layer_idx: int, query_len: int, device: torch.device) -> Step:
+        """Plan a forward pass inside a compiled graph: room was reserved, every column is stored, counts stay behind."""
+        tables = self.devices[device]
+        tables.seq_lens.copy_(tables.past_lens + query_len)
+        self.behind = True
+        step = Step(query_len, False, layer_idx)
+        self.step = step
+        return step
+
+    def commit(self) -> None:
+        """End the forward pass: its tokens count from now on."""
+        step, self.step = self.step, None
+        assert step is not None
+        for tables in self.devices.values():
+            tables.past_lens.copy_(tables.seq_lens)
+            tables.columns.add_(step.query_len)
+        if not torch.compiler.is_compiling():
+            self.tables.lens = step.lens
+            self.columns += step.query_len
+            self.seen, self.stored = step.seen, step.stored
+
+    def sync(self) -> None:
+        """Bring the host's counts up to the device's, after compiled steps."""
+        if not self.behind:
+            return
+        tables = next(iter(self.devices.values()))
+        self.columns = int(tables.columns)
+        self.tables.lens = tables.past_lens.tolist()
+        self.behind, self.unsynced = False, 0
+
+    # Changes between forward passes ----------------------------------------------------------------------------------
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last columns."""
+        self.sync()
+        columns = max(self.columns - tokens, 0)
+        if self.stored is None:
+            lens = [max(n - (self.columns - columns), 0) for n in self.tables.lens]
+        else:
+            stored = self.stored[:, :columns]
+            lens = (stored.sum(1) + columns - stored.shape[1]).tolist()
+            self.stored = stored
+            self.seen = None if self.seen is None else self.seen[:, :columns]
+        self._copy_blocks(self.tables.truncate(lens, keep_blocks=self.reserved))
+        self.columns = columns
+        for tables in self.devices.values():
+            for row, end in enumerate(lens):
+                if tables.key_mask is not None:
+                    tables.key_mask[row, end:] = 1
+        self.refresh()
+
+    def select(self, index: Sequence[int]) -> None:
+        """Make the batch sequences index[0], index[1], ...; blocks are shared, only partly filled last ones copied."""
+        self.sync()
+        try:
+            copies = self.tables.select(index)
+        except BlockPoolExhausted as full:
+            if self.num_blocks is not None:
+                raise
+            self.resize(self.pool.num_blocks + full.wanted)
+            copies = self.tables.select(index)
+        self._copy_blocks(copies)
+        self.seen = None if self.seen is None else self.seen[list(index)]
+        self.stored = None if self.stored is None else self.stored[list(index)]
+        for tables in self.devices.values():
+            if tables.key_mask is not None:
+                tables.key_mask = tables.key_mask[torch.tensor(index, device=tables.key_mask.device)]
+        self.refresh()
+
+    def release(self) -> None:
+        """Free all blocks and forget all sequences; the pool stays."""
+        self.tables.release()
+        for tables in self.devices.values():
+            tables.key_mask = None
+        self.step, self.columns, self.seen, self.stored, self.behind, self.unsynced = None, 0, None, None, False, 0
+
+    def refresh(self) -> None:
+        """Write the host's tables and lengths to every device, in place where the shapes allow."""
+        for device, old in list(self.devices.items()):
+            rows, width = old.block_table.shape
+            if rows == self.num_seqs and width >= max(map(len, self.tables.rows), default=0):
+                old.block_table.copy_(self._table(width))
+                old.past_lens.copy_(torch.tensor(self.tables.lens, dtype=torch.int32))
+                old.columns.fill_(self.columns)
+            else:
+                self.devices[device] = self._make_tables(device)
+                if old.key_mask is not None:
+                    self.devices[device].key_mask = self._fit_key_mask(old.key_mask, device)
+
+    def resize(self, num_blocks: int) -> None:
+        """Move everything into a pool of num_blocks, each sequence in one run with room to grow."""
+        pool = BlockPool(num_blocks)
+        moved: dict[int, int] = {}
+        owned = [[block for block in row if moved.setdefault(block, i) == i] for i, row in enumerate(self.tables.rows)]
+        for blocks, targets in zip(owned, pool.allocate_rows([len(row) for row in owned]), strict=True):
+            moved.update(zip(blocks, targets, strict=True))  # a shared block moves with its first owner
+        rows = [[moved[block] for block in row] for row in self.tables.rows]
+        for row, own in zip(self.tables.rows, owned, strict=True):
+            pool.share(moved[block] for block in set(row) - set(own))
+        source, target = torch.tensor(list(moved), dtype=torch.long), torch.tensor(list(moved.values()), dtype=torch.long)
+        for store in self.stores:
+            if store.k_cache is not None and store.v_cache is not None:
+                store.k_cache = move_blocks(store.k_cache, num_blocks, source, target)
+                store.v_cache = move_blocks(store.v_cache, num_blocks, source, target)
+        self.pool = self.tables.pool = pool
+        self.tables.rows = rows
+        self.refresh()
+
+    def too_long(self, tokens: int) -> BlockPoolExhausted:
+        """Return the error for a sequence that would outgrow max_length."""
+        assert self.max_length is not None
+        wanted = self.tables.blocks_for(tokens) - self.tables.blocks_for(self.max_length)
+        detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
+        return BlockPoolExhausted(max(wanted, 1), 0, self.pool.num_blocks, detail)
+
+    # Pickling --------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the state and the blocks that hold tokens, and no others."""
+        self.sync()
+        rows = [row[: self.tables.blocks_for(n)] for row, n in zip(self.tables.rows, self.tables.lens, strict=True)]
+        used = list(dict.fromkeys(block for row in rows for block in row))
+        ids = torch.tensor(used, dtype=torch.long)
+        return {
+            "sizes": {"block_size": self.block_size, "num_blocks": self.num_blocks, "max_length": self.max_length},
+            "total": self.pool.num_blocks,
+            "rows": [[used.index(block) for block in row] for row in rows],
+            "lens": self.tables.lens,
+            "columns": self.columns,
+            "masks": (self.seen, self.stored),
+            "key_masks": {device: tables.key_mask for device, tables in self.devices.items()},
+            "caches": [
+                tuple(None if c is None else c[ids.to(c.device)] for c in (store.k_cache, store.v_cache))
+                for store in self.stores
+            ],
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Become the state that snapshot() returned; self is new."""
+        self.pool.grow(saved["total"])
+        self.tables.rows, self.tables.lens = [list(row) for row in saved["rows"]], list(saved["lens"])
+        self.pool.allocate(len({block for row in self.tables.rows for block in row}))
+        owned: set[int] = set()
+        for row in self.tables.rows:
+            self.pool.share(block for block in row if block in owned)
+            owned.update(row)
+        if self.reserved and self.max_length is not None:
+            self.tables.reserve([self.max_length] * self.num_seqs)
+        self.columns, (self.seen, self.stored) = saved["columns"], saved["masks"]
+        for store, caches in zip(self.stores, saved["caches"], strict=True):
+            store.k_cache, store.v_cache = (
+                None if c is None else move_blocks(c, saved["total"], torch.arange(len(c)), torch.arange(len(c)))
+                for c in caches
+            )
+        for device, key_mask in saved["key_masks"].items():
+            self.on(device).key_mask = key_mask
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _plan_columns(self, step: Step, mask: Tensor | None, mask_known: bool) -> None:
+        """Decide which new columns are stored."""
+        new = None
+        if mask is not None:
+            mask = mask.to("cpu", torch.bool)
+            if mask.shape != (self.num_seqs, self.columns + step.query_len):
+                raise ValueError(
+                    f"expected an attention mask of shape {(self.num_seqs, self.columns + step.query_len)} for "
+                    f"{self.columns} cached and {step.query_len} new columns, got {tuple(mask.shape)}"
+                )
+            new = mask[:, self.columns :]
+        before = _extend(self.seen, self.num_seqs, self.columns)
+        old = torch.ones_like(before) if mask is None else mask[:, : self.columns]
+        if mask_known and step.query_len > 1 and not torch.equal(before, old):
+            raise ValueError(
+                "the attention mask changes columns that are cached already: their keys were stored under another mask. "
+                "Pass the full mask, earlier padding included, or start from an empty cache"
+            )
+        if new is None or bool(new.all()):
+            step.seen, step.stored = self.seen, self.stored
+            step.lens = [past + step.query_len for past in self.tables.lens]
+            return
+        past = torch.tensor(self.tables.lens)
+        stored = new if not self.keep_hidden else (new.cumsum(1) > 0) | (past > 0)[:, None]
+        step.seen = torch.cat([before, new], 1)
+        step.stored = torch.cat([_extend(self.stored, self.num_seqs, self.columns), stored], 1)
+        step.mask = new.to(torch.int8)
+        step.positions = torch.where(stored, past[:, None] + stored.cumsum(1) - 1, -1).to(torch.int32)
+        step.lens = (past + stored.sum(1)).tolist()
+
+    def _plan_on(self, device: torch.device, step: Step) -> None:
+        tables = self.devices[device]
+        if step.positions is None or step.mask is None:
+            torch.add(tables.past_lens, step.query_len, out=tables.seq_lens)
+        else:
+            tables.seq_lens.copy_(torch.tensor(step.lens, dtype=torch.int32))
+            step.positions, step.mask = step.positions.to(device), step.mask.to(device)
+        if tables.key_mask is None and step.mask is not None and bool(((step.positions >= 0) & (step.mask == 0)).any()):
+            tables.key_mask = self._fit_key_mask(None, device)
+        if tables.key_mask is not None:
+            for row, (past, end) in enumerate(zip(self.tables.lens, step.lens, strict=True)):
+                seen = None if step.positions is None or step.mask is None else step.mask[row][step.positions[row] >= 0]
+                tables.key_mask[row, past:end] = 1 if seen is None else seen
+
+    def _reserve(self, lens: Sequence[int]) -> None:
+        if self.max_length is not None and max(lens) > self.max_length:
+            raise self.too_long(max(lens))
+        if self.num_blocks is None:
+            lacking = self.tables.missing(lens) - self.pool.num_free
+            if lacking > 0:
+                self.resize(self.pool.num_blocks + max(lacking, self.pool.num_blocks // 2))
+        if self.tables.reserve(lens):
+            self.refresh()
+
+    def _copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
+        pairs = list(copies)
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, dtype=torch.long).unbind(1)
+        for store in self.stores:
+            for cache in (store.k_cache, store.v_cache):
+                if cache is not None:
+                    cache[target.to(cache.device)] = cache[source.to(cache.device)]
+
+    def _table(self, width: int) -> Tensor:
+        rows = [row + [-1] * (width - len(row)) for row in self.tables.rows]
+        return torch.tensor(rows, dtype=torch.int32).view(self.num_seqs, width)
+
+    def _make_tables(self, device: torch.device) -> DeviceTables:
+        longest = max(map(len, self.tables.rows), default=0)
+        width = self.tables.blocks_for(self.max_length) if self.max_length is not None else -(-max(longest, 1) // 16) * 16
+        lens = torch.tensor(self.tables.lens, dtype=torch.int32)
+        tables = DeviceTables(
+            self._table(width).to(device),
+            lens.to(device),
+            lens.clone().to(device),
+            torch.tensor(self.columns, dtype=torch.int64, device=device),
+        )
+        for tensor in (tables.block_table, tables.past_lens, tables.seq_lens, tables.columns):
+            torch._dynamo.mark_static_address(tensor)
+        return tables
+
+    def _fit_key_mask(self, old: Tensor | None, device: torch.device) -> Tensor:
+        width = self.devices[device].block_table.shape[1] * self.block_size
+        mask = torch.ones(self.num_seqs, width, dtype=torch.int8, device=device)
+        if old is not None:
+            mask[:, : old.shape[1]] = old[:, :width]
+        return mask
+
+
+def move_blocks(cache: Tensor, num_blocks: int, source: Tensor, target: Tensor) -> Tensor:
+    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
+    new = cache.new_empty(num_blocks, *cache.shape[1:])
+    new[target.to(cache.device)] = cache[source.to(cache.device)]
+    torch._dynamo.mark_static_address(new)
+    return new
+
+
+def _extend(mask: Tensor | None, num_seqs: int, columns: int) -> Tensor:
+    """Return a host mask over all columns; those behind its end are True."""
+    full = torch.ones(num_seqs, columns, dtype=torch.bool)
+    if mask is not None:
+        full[:, : mask.shape[1]] = mask
+    return full
