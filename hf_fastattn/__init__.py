@@ -1,4 +1,5 @@
-"""hf_fastattn makes Hugging Face ``generate()`` fast: FlashAttention-2 prefill and flash-decoding over a paged KV cache.
+"""hf_fastattn makes Hugging Face ``generate()`` fast: FlashAttention-2 prefill and flash-decoding over a paged KV
+cache.
 
 Importing registers the attention implementation "fastattn" with transformers; nothing else about transformers changes.
 """
@@ -10,7 +11,6 @@ from .block_pool import BlockPoolExhausted
 from .cache import IMPLEMENTATION, PagedCache
 from .masks import fastattn_mask
 from .version import __version__
-
 
 __all__ = ["IMPLEMENTATION", "BlockPoolExhausted", "PagedCache", "__version__"]
 

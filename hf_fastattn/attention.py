@@ -100,7 +100,11 @@ def _attend_blocks(
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
     assert layer.k_cache is not None and layer.v_cache is not None
-    blocks = {"block_table": tables.block_table, "seq_lens": tables.seq_lens, "key_mask": tables.key_mask}
+    blocks: dict[str, Any] = {
+        "block_table": tables.block_table,
+        "seq_lens": tables.seq_lens,
+        "key_mask": tables.key_mask,
+    }
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
         return ops.decode_attention(query, layer.k_cache, layer.v_cache, **blocks, **options.decode())
     positions = None if positions is None else positions.to(query.device)
@@ -146,9 +150,10 @@ def _refuse_packed_cache(module: nn.Module, position_ids: Any, mask: Tensor | No
     """Raise if several sequences are packed into a row while a cache is filled: they would see each other."""
     if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_compiling():
         return
-    if isinstance(position_ids, Tensor) and position_ids.dim() == 2 and position_ids.shape[1] > 1:
-        if bool((position_ids.diff(dim=-1) < 0).any()):
-            raise ValueError(
-                "position_ids start anew within a row, so several sequences are packed into it, but no mask keeps them "
-                "apart: pass use_cache=False to the model, or an attention mask"
-            )
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return
+    if bool((position_ids.diff(dim=-1) < 0).any()):
+        raise ValueError(
+            "position_ids start anew within a row, so several sequences are packed into it, but no mask keeps them "
+            "apart: pass use_cache=False to the model, or an attention mask"
+        )

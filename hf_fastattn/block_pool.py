@@ -1,10 +1,10 @@
 """Blocks of a paged KV cache: who owns which, without tensors, kernels or transformers.
 
-:class:`BlockPool` hands out block ids and counts their owners; :class:`BlockTables` keeps the blocks of each sequence on
-top of it and says which blocks have to be copied when sequences that share blocks part ways (copy on write). Both change
-nothing when they raise. Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", 2023, section 4. The one decision: free blocks are kept as runs and sequences are placed apart, so that a
-sequence usually lies in one run, which a CPU reads without a copy.
+:class:`BlockPool` hands out block ids and counts their owners; :class:`BlockTables` keeps the blocks of each
+sequence on top of it and says which blocks have to be copied when sequences that share blocks part ways (copy on
+write). Both change nothing when they raise. Source: Kwon et al., "Efficient Memory Management for Large Language
+Model Serving with PagedAttention", 2023, section 4. The one decision: free blocks are kept as runs and sequences
+are placed apart, so that a sequence usually lies in one run, which a CPU reads without a copy.
 """
 
 import bisect

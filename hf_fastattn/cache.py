@@ -2,9 +2,9 @@
 
 Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023. The Cache
 protocol comes in here; block tables and lengths go out to the attention function (see :mod:`hf_fastattn.attention`).
-The one decision: ``update`` returns handles and the attention function stores the states, because it alone sees the mask;
-so padding is never stored and decoding needs no mask. Under another attention implementation, or in a model that computes
-with keys and values itself, the same cache stores every column and returns dense tensors.
+The one decision: ``update`` returns handles and the attention function stores the states, because it alone sees the
+mask; so padding is never stored and decoding needs no mask. Under another attention implementation, or in a model
+that computes with keys and values itself, the same cache stores every column and returns dense tensors.
 """
 
 import copy
@@ -21,12 +21,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import ops
 from .block_pool import BlockPoolExhausted
 from .handles import Handle, NewStates
+from .model_config import last_caching_layer, layer_types, text_config
 from .paged_state import DeviceTables, PagedState, Step
 
 IMPLEMENTATION = "fastattn"
 """Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
-
-_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}
 
 
 class PagedLayer(CacheLayerMixin):
@@ -92,8 +91,8 @@ class PagedLayer(CacheLayerMixin):
         """Serve code that computes with a handle: dense tensors, from now on."""
         if not self.cache.made_dense:
             warnings.warn(
-                "a model computes with cached keys or values itself: PagedCache hands out dense copies of them at every "
-                "step, which is slower than DynamicCache",
+                "a model computes with cached keys or values itself: PagedCache hands out dense copies of them at "
+                "every step, which is slower than DynamicCache",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -149,20 +148,18 @@ class PagedCache(Cache):
         num_blocks: int | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.config = _text_config(config)
+        self.config = text_config(config)
         if block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
         for name, value in (("num_blocks", num_blocks), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        types = _layer_types(self.config)
+        types = layer_types(self.config)
         sliding = any(kind.startswith("sliding") for kind in types) or getattr(self.config, "sliding_window", None)
-        layers = [PagedLayer(self, i) for i in range(self.config.num_hidden_layers)]
-        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), layers)
+        self.paged_layers = [PagedLayer(self, i) for i in range(self.config.num_hidden_layers)]
+        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), self.paged_layers)
         self.made_dense = "chunked_attention" in types
-        super().__init__(layers=layers)
-
-    # What the attention function uses ------------------------------------------------------------------------------
+        super().__init__(layers=list(self.paged_layers))
 
     @property
     def uses_handles(self) -> bool:
@@ -212,7 +209,7 @@ class PagedCache(Cache):
         tables = self.state.on(new.k.device)
         self.store(layer, new, step, tables)
         dense = self.dense(layer)
-        if commit and layer.layer_idx == _last_caching_layer(self.config):
+        if commit and layer.layer_idx == last_caching_layer(self.config):
             self.state.commit()
         return dense
 
@@ -235,8 +232,6 @@ class PagedCache(Cache):
             for cache in (layer.k_cache, layer.v_cache)
         )  # type: ignore[return-value]
 
-    # The Cache protocol ----------------------------------------------------------------------------------------------
-
     def columns(self) -> Any:
         """Return the columns of complete forward passes: an int, or a tensor inside a compiled graph."""
         if torch.compiler.is_compiling():
@@ -246,14 +241,14 @@ class PagedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Return the columns before the new ones, without waiting for the device: a tensor after compiled steps."""
-        if not self.layers[layer_idx].is_initialized:
+        if not self.paged_layers[layer_idx].is_initialized:
             return 0
         if not torch.compiler.is_compiling() and self.state.behind:
             return next(iter(self.state.devices.values())).columns
         return self.columns()
 
     def mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return what :meth:`PagedLayer.get_mask_sizes` does; also where compiled steps are kept inside the capacity."""
+        """Return what a layer's get_mask_sizes does; also where compiled steps are kept inside the capacity."""
         if not self.uses_handles:
             return self.columns() + query_length, 0
         state = self.state
@@ -285,7 +280,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; the pool stays allocated."""
         self.state.release()
-        self.made_dense = "chunked_attention" in _layer_types(self.config)
+        self.made_dense = "chunked_attention" in layer_types(self.config)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers)."""
@@ -322,11 +317,9 @@ class PagedCache(Cache):
             f"sequences={state.num_seqs}, columns={state.columns}, layers={len(self.layers)})"
         )
 
-    # Copies and conversions --------------------------------------------------------------------------------------------
-
     def to_dynamic(self) -> DynamicCache:
         """Return a DynamicCache with the same contents; columns never stored are 0, as the mask must hide them."""
-        data = [self.dense(layer) for layer in self.layers if layer.is_initialized]
+        data = [self.dense(layer) for layer in self.paged_layers if layer.is_initialized]
         return DynamicCache(data)
 
     @classmethod
@@ -338,17 +331,19 @@ class PagedCache(Cache):
         Args:
             cache: the source, left as it is.
             config: the model's config.
-            attention_mask: (num_seqs, columns), 0 at padding; needed if rows are padded, since their columns differ then.
+            attention_mask: (num_seqs, columns), 0 at padding; needed if rows are padded, since their columns differ
+            then.
             sizes: block_size, num_blocks, max_length.
 
         Raises:
             ValueError: layers that dropped columns (a sliding window), or a mask of another shape.
         """
-        lengths = {layer.keys.shape[2] for layer in cache.layers if layer.is_initialized}
-        if len(lengths) > 1 or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        layers: list[Any] = cache.layers
+        lengths = {layer.keys.shape[2] for layer in layers if layer.is_initialized}
+        if len(lengths) > 1 or any(getattr(layer, "is_sliding", False) for layer in layers):
             raise ValueError(f"expected layers that hold all columns; these hold {sorted(lengths)}, or drop old ones")
         paged = cls(config, **sizes)
-        for layer, old in zip(paged.layers, cache.layers, strict=False):
+        for layer, old in zip(paged.paged_layers, layers, strict=False):
             if not old.is_initialized:
                 continue
             new = NewStates(layer, old.keys, old.values)
@@ -374,10 +369,8 @@ class PagedCache(Cache):
         self.__init__(saved["config"], **state["sizes"])  # type: ignore[misc]
         self.made_dense = saved["made_dense"]
         self.state.restore(state)
-        for layer in self.layers:
+        for layer in self.paged_layers:
             layer.is_initialized = layer.k_cache is not None
-
-    # Parts -------------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
@@ -401,46 +394,15 @@ class PagedCache(Cache):
     def exhausted(self, full: BlockPoolExhausted, states: Tensor | None = None) -> BlockPoolExhausted:
         """Return the error for a full pool with its sizes in tokens and bytes."""
         size = self.state.block_size
-        layers = [layer for layer in self.layers if layer.k_cache is not None]
-        per_block = sum(t[0].numel() * t.element_size() for layer in layers for t in (layer.k_cache, layer.v_cache))
-        if not layers and states is not None:
+        tensors = [t for layer in self.paged_layers for t in (layer.k_cache, layer.v_cache) if t is not None]
+        per_block = sum(t[0].numel() * t.element_size() for t in tensors)
+        if not tensors and states is not None:
             heads, head_dim = states.shape[1], states.shape[3]
             per_block = 2 * len(self.layers) * size * heads * head_dim * states.element_size()
         advice = "max_length" if self.state.max_length is not None and self.state.num_blocks is None else "num_blocks"
         detail = (
             f" ({full.wanted * size} tokens, {full.wanted * per_block / 2**20:.1f} MiB; the pool holds "
-            f"{full.total * size} tokens in {full.total * per_block / 2**20:.1f} MiB){full.detail}. The cache is as it was "
-            f"before the call. Pass a larger {advice} to PagedCache, a smaller batch, or shorter sequences"
+            f"{full.total * size} tokens in {full.total * per_block / 2**20:.1f} MiB){full.detail}. The cache is as it "
+            f"was before the call. Pass a larger {advice} to PagedCache, a smaller batch, or shorter sequences"
         )
         return BlockPoolExhausted(full.wanted, full.free, full.total, detail)
-
-
-def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the text decoder, or raise if a PagedCache cannot serve it."""
-    text = config.get_text_config(decoder=True)
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise ValueError(
-            f"PagedCache serves decoder-only models, not the encoder-decoder {config.model_type}: use its default cache"
-        )
-    other = sorted(set(_layer_types(text)) - _ATTENTION_TYPES)
-    if other:
-        raise ValueError(
-            f"PagedCache stores keys and values only, {config.model_type} also has {', '.join(other)} layers: "
-            "use its default cache"
-        )
-    return text
-
-
-def _layer_types(config: PreTrainedConfig) -> list[str]:
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    if types is None:
-        types = ["chunked_attention"] if getattr(config, "attention_chunk_size", None) else ["full_attention"]
-    return list(types)
-
-
-def _last_caching_layer(config: PreTrainedConfig) -> int:
-    """Return the last layer that stores keys and values of its own (later ones may share those of earlier layers)."""
-    modes = getattr(config, "kv_sharing_modes", None)
-    if modes is not None:
-        return max(i for i, mode in enumerate(modes) if mode != "reuse")
-    return config.num_hidden_layers - 1 - (getattr(config, "num_kv_shared_layers", None) or 0)

@@ -47,12 +47,15 @@ def reason_to_fall_back(query: Tensor, value: Tensor, options: AttentionOptions)
     return None
 
 
-def fallback_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def fallback_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """Attend through PyTorch, differentiably.
 
     Args:
         query: (batch_size, num_heads, query_len, head_dim). key, value: (batch_size, num_kv_heads, columns, head_dim).
-        mask: None, int8 or uint8 key padding (see :mod:`hf_fastattn.masks`), or a 4-D bool or additive float mask, which
+        mask: None, int8 or uint8 key padding (see :mod:`hf_fastattn.masks`), or a 4-D bool or additive float mask,
+        which
             is then the whole truth: no causality or window is added to it, as in eager attention.
         options: the layer's options.
 

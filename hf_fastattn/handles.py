@@ -1,8 +1,8 @@
 """What ``PagedCache.update`` returns in place of keys and values: the new states and the layer they belong to.
 
-The attention function, which alone sees the mask, unwraps the pair and stores it. Anybody else who touches a handle as a
-tensor gets the layer's keys or values as one dense tensor with all columns, and the cache stays dense from then on. A
-plain object, not a tensor subclass: dynamo traces it without guards on its data.
+The attention function, which alone sees the mask, unwraps the pair and stores it. Anybody else who touches a handle
+as a tensor gets the layer's keys or values as one dense tensor with all columns, and the cache stays dense from
+then on. A plain object, not a tensor subclass: dynamo traces it without guards on its data.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class DenseSource(Protocol):
 
 
 class NewStates:
-    """The keys and values that one layer got in one forward pass, (num_seqs, num_kv_heads, query_len, head_dim) each."""
+    """What one layer got in one forward pass: k and v, (num_seqs, num_kv_heads, query_len, head_dim) each."""
 
     def __init__(self, layer: DenseSource, k: Tensor, v: Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
@@ -78,7 +78,7 @@ class Handle:
         return 4
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Like ``Tensor.to``; a move to where the states are gives the handle itself (models that share K/V do that)."""
+        """Like ``Tensor.to``; a move to where the states are gives the handle itself (as models that share K/V do)."""
         target = self.states.to(*args, **kwargs)
         return self if target is self.states else self.materialize().to(*args, **kwargs)
 
@@ -116,5 +116,18 @@ def _operator(name: str) -> Callable[..., Any]:
     return apply
 
 
-for _name in ("getitem", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "rmatmul", "neg"):
+for _name in (
+    "getitem",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "matmul",
+    "rmatmul",
+    "neg",
+):
     setattr(Handle, f"__{_name}__", _operator(f"__{_name}__"))

@@ -1,8 +1,9 @@
 """The mask function: what transformers' mask machinery hands to the attention function under "fastattn".
 
-transformers calls it once per forward pass and mask type, with the sizes that the cache reports; what it returns reaches
-every layer unchanged. The kernels need no score mask for causal and sliding-window attention, so it returns as little as
-is right: None, or key padding as int8 (a dtype that no user's own mask has), or else transformers' boolean mask.
+transformers calls it once per forward pass and mask type, with the sizes that the cache reports; what it returns
+reaches every layer unchanged. The kernels need no score mask for causal and sliding-window attention, so it returns
+as little as is right: None, or key padding as int8 (a dtype that no user's own mask has), or else transformers'
+boolean mask.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,8 @@ def fastattn_mask(
         mask_function: transformers' description of the pattern.
         attention_mask: (batch_size, columns) bool, False at padding; None when there is none.
         local_size: window or chunk of the layers that this mask is for.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether a plain pattern may be left to the attention function.
-        use_vmap: set for custom patterns.
-        config: the model's config.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether a plain pattern may be left to the attention
+        function. use_vmap: set for custom patterns. config: the model's config.
 
     Returns:
         None: what the attention module says, causal (with the layer's window) or everything; all columns visible.
@@ -77,7 +77,7 @@ def fastattn_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor for static caches
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,

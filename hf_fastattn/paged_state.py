@@ -1,9 +1,9 @@
 """What a paged cache knows besides its keys and values: blocks, lengths, columns and padding. No transformers here.
 
-transformers counts columns: every row of a batch has as many, padding included. The blocks hold tokens: a column that the
-mask hides is not stored, so rows have lengths of their own. :class:`PagedState` keeps both counts, on the host (for
-allocation) and on each device (for the kernels), and moves from one to the next in steps: ``begin`` plans a forward
-pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
+transformers counts columns: every row of a batch has as many, padding included. The blocks hold tokens: a column
+that the mask hides is not stored, so rows have lengths of their own. :class:`PagedState` keeps both counts, on the
+host (for allocation) and on each device (for the kernels), and moves from one to the next in steps: ``begin`` plans
+a forward pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
 """
 
 from collections.abc import Iterable, Sequence
@@ -79,7 +79,12 @@ class PagedState:
     """
 
     def __init__(
-        self, block_size: int, num_blocks: int | None, max_length: int | None, keep_hidden: bool, stores: Sequence[Store]
+        self,
+        block_size: int,
+        num_blocks: int | None,
+        max_length: int | None,
+        keep_hidden: bool,
+        stores: Sequence[Store],
     ) -> None:
         self.block_size, self.num_blocks, self.max_length = block_size, num_blocks, max_length
         self.keep_hidden = keep_hidden
@@ -104,8 +109,6 @@ class PagedState:
         """Whether every sequence has blocks for max_length tokens, so that steps allocate nothing."""
         return self.max_length is not None and self.num_blocks is None
 
-    # Steps ---------------------------------------------------------------------------------------------------------
-
     def add_batch(self, num_seqs: int, query_len: int) -> None:
         """Make the (empty) sequences of the first forward pass."""
         tokens = self.max_length if self.max_length is not None else query_len + GROWTH_SLACK
@@ -123,9 +126,7 @@ class PagedState:
                 self._plan_on(device, self.step)
         return self.devices[device]
 
-    def begin(
-        self, layer_idx: int, new: Tensor, mask: Tensor | None = None, *, mask_known: bool = True
-    ) -> Step:
+    def begin(self, layer_idx: int, new: Tensor, mask: Tensor | None = None, *, mask_known: bool = True) -> Step:
         """Plan a forward pass: find room for its tokens and set ``seq_lens``.
 
         Args:
@@ -153,7 +154,7 @@ class PagedState:
         return step
 
     def begin_compiled(self, layer_idx: int, query_len: int, device: torch.device) -> Step:
-        """Plan a forward pass inside a compiled graph: room was reserved, every column is stored, counts stay behind."""
+        """Plan a forward pass in a compiled graph: room was reserved, every column is stored, host counts stay behind."""
         tables = self.devices[device]
         tables.seq_lens.copy_(tables.past_lens + query_len)
         self.behind = True
@@ -181,8 +182,6 @@ class PagedState:
         self.columns = int(tables.columns)
         self.tables.lens = tables.past_lens.tolist()
         self.behind, self.unsynced = False, 0
-
-    # Changes between forward passes ----------------------------------------------------------------------------------
 
     def crop(self, tokens: int) -> None:
         """Remove the last columns."""
@@ -251,7 +250,10 @@ class PagedState:
         rows = [[moved[block] for block in row] for row in self.tables.rows]
         for row, own in zip(self.tables.rows, owned, strict=True):
             pool.share(moved[block] for block in set(row) - set(own))
-        source, target = torch.tensor(list(moved), dtype=torch.long), torch.tensor(list(moved.values()), dtype=torch.long)
+        source, target = (
+            torch.tensor(list(moved), dtype=torch.long),
+            torch.tensor(list(moved.values()), dtype=torch.long),
+        )
         for store in self.stores:
             if store.k_cache is not None and store.v_cache is not None:
                 store.k_cache = move_blocks(store.k_cache, num_blocks, source, target)
@@ -267,18 +269,17 @@ class PagedState:
         detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
         return BlockPoolExhausted(max(wanted, 1), 0, self.pool.num_blocks, detail)
 
-    # Pickling --------------------------------------------------------------------------------------------------------
-
     def snapshot(self) -> dict[str, Any]:
         """Return the state and the blocks that hold tokens, and no others."""
         self.sync()
         rows = [row[: self.tables.blocks_for(n)] for row, n in zip(self.tables.rows, self.tables.lens, strict=True)]
         used = list(dict.fromkeys(block for row in rows for block in row))
+        place = {block: i for i, block in enumerate(used)}
         ids = torch.tensor(used, dtype=torch.long)
         return {
             "sizes": {"block_size": self.block_size, "num_blocks": self.num_blocks, "max_length": self.max_length},
             "total": self.pool.num_blocks,
-            "rows": [[used.index(block) for block in row] for row in rows],
+            "rows": [[place[block] for block in row] for row in rows],
             "lens": self.tables.lens,
             "columns": self.columns,
             "masks": (self.seen, self.stored),
@@ -309,8 +310,6 @@ class PagedState:
         for device, key_mask in saved["key_masks"].items():
             self.on(device).key_mask = key_mask
 
-    # Parts -----------------------------------------------------------------------------------------------------------
-
     def _plan_columns(self, step: Step, mask: Tensor | None, mask_known: bool) -> None:
         """Decide which new columns are stored."""
         new = None
@@ -326,8 +325,8 @@ class PagedState:
         old = torch.ones_like(before) if mask is None else mask[:, : self.columns]
         if mask_known and step.query_len > 1 and not torch.equal(before, old):
             raise ValueError(
-                "the attention mask changes columns that are cached already: their keys were stored under another mask. "
-                "Pass the full mask, earlier padding included, or start from an empty cache"
+                "the attention mask changes columns that are cached already: their keys were stored under another mask; "
+                "pass the full mask, earlier padding included, or start from an empty cache"
             )
         if new is None or bool(new.all()):
             step.seen, step.stored = self.seen, self.stored
@@ -348,7 +347,8 @@ class PagedState:
         else:
             tables.seq_lens.copy_(torch.tensor(step.lens, dtype=torch.int32))
             step.positions, step.mask = step.positions.to(device), step.mask.to(device)
-        if tables.key_mask is None and step.mask is not None and bool(((step.positions >= 0) & (step.mask == 0)).any()):
+        hides = step.positions is not None and bool(((step.positions >= 0) & (step.mask == 0)).any())
+        if tables.key_mask is None and hides:
             tables.key_mask = self._fit_key_mask(None, device)
         if tables.key_mask is not None:
             for row, (past, end) in enumerate(zip(self.tables.lens, step.lens, strict=True)):
@@ -381,7 +381,9 @@ class PagedState:
 
     def _make_tables(self, device: torch.device) -> DeviceTables:
         longest = max(map(len, self.tables.rows), default=0)
-        width = self.tables.blocks_for(self.max_length) if self.max_length is not None else -(-max(longest, 1) // 16) * 16
+        width = (
+            self.tables.blocks_for(self.max_length) if self.max_length is not None else -(-max(longest, 1) // 16) * 16
+        )
         lens = torch.tensor(self.tables.lens, dtype=torch.int32)
         tables = DeviceTables(
             self._table(width).to(device),

@@ -1,8 +1,8 @@
 """Plain PyTorch oracles: what each op must compute, written to be read.
 
-Every function here has the name and the signature of the op it checks, computes in the dtype of its inputs (pass float64
-for an oracle), builds the whole score matrix and never calls an op. Tests compare kernels and CPU implementations with
-these; nothing else imports this module.
+Every function here has the name and the signature of the op it checks, computes in the dtype of its inputs (pass
+float64 for an oracle), builds the whole score matrix and never calls an op. Tests compare kernels and CPU
+implementations with these; nothing else imports this module.
 """
 
 import torch
@@ -66,7 +66,9 @@ def prefill_attention(
         else:
             rows = query_positions[seq]
         columns = torch.arange(seq_len, device=q.device)
-        visible = (rows >= 0)[:, None] if query_positions is not None else torch.ones_like(rows, dtype=torch.bool)[:, None]
+        visible = (
+            (rows >= 0)[:, None] if query_positions is not None else torch.ones_like(rows, dtype=torch.bool)[:, None]
+        )
         visible = visible.expand(query_len, seq_len).clone()
         if causal:
             visible &= columns[None, :] <= rows[:, None]

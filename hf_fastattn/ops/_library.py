@@ -1,8 +1,8 @@
 """Registration of the ops with PyTorch's dispatcher.
 
 ``Library.define`` and ``impl`` rather than ``custom_op``: a call costs 2 to 3 us instead of 4 to 16, and a decode step
-makes two calls per layer. A CUDA tensor takes the Triton launcher from :mod:`hf_fastattn.kernels` (imported at the first
-call), every other device the PyTorch implementation beside the op's definition.
+makes two calls per layer. A CUDA tensor takes the Triton launcher from :mod:`hf_fastattn.kernels` (imported at the
+first call), every other device the PyTorch implementation beside the op's definition.
 """
 
 import functools
@@ -24,7 +24,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def define_op(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_op(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Define ``hf_fastattn::<name>`` and return its overload packet.
 
     Args:

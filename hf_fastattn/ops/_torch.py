@@ -1,9 +1,12 @@
 """The attention ops in PyTorch: what a CPU runs, and any device without a Triton kernel.
 
-Built for speed where a CPU spends its time: sequences whose blocks lie in one run are read through a view without a copy,
-the query heads of one key head become rows of one tile (so that keys are read once, not once per query head), a sliding
+Built for speed where a CPU spends its time: sequences whose blocks lie in one run are read through a view without a
+copy, the query heads of one key head become rows of one tile (so that keys are read once, not once per query head), a sliding
 window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
 """
+
+import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ def attend_paged(
     limit = block_table.shape[1] * k_cache.shape[1]
     if lens and max(lens) > limit:
         raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
-    options = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
+    options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
     if query_positions is None and lens and min(lens) == max(lens):
         views = _batch_view(k_cache, block_table, lens[0]), _batch_view(v_cache, block_table, lens[0])
         if views[0] is not None and views[1] is not None:
@@ -177,14 +180,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
 
 
 def _batch_view(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor | None:
-    """View equally long sequences as (num_seqs, heads, seq_len, dim) if each lies in one run, evenly spaced; else None."""
+    """View equally long sequences, each in one run, evenly spaced, as (num_seqs, heads, seq_len, dim); else None."""
     num_seqs, block_size = block_table.shape[0], cache.shape[1]
     num_blocks = -(-seq_len // block_size)
     if num_blocks == 0 or cache.stride(0) != block_size * cache.stride(1):
         return None
     first = block_table[:, 0].tolist()
     step = first[1] - first[0] if num_seqs > 1 else 0
-    if step < 0 or first[0] < 0 or any(b - a != step for a, b in zip(first, first[1:], strict=False)):
+    if step < 0 or first[0] < 0 or any(b - a != step for a, b in itertools.pairwise(first)):
         return None
     if num_blocks > 1:
         run = torch.arange(num_blocks, dtype=torch.int32, device=block_table.device)

@@ -1,8 +1,8 @@
 """decode_attention: FlashDecoding over a block table, for the last few queries of each sequence.
 
-Source: Dao et al., "Flash-Decoding for long-context inference", 2023 (split the keys, combine the partial results), over
-PagedAttention's blocks (Kwon et al., 2023). The one decision: lengths and tables are read on the device, so that one
-captured launch serves every step.
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023 (split the keys, combine the partial results),
+over PagedAttention's blocks (Kwon et al., 2023). The one decision: lengths and tables are read on the device, so
+that one captured launch serves every step.
 """
 
 from torch import Tensor

@@ -1,8 +1,8 @@
 """prefill_attention: FlashAttention-2's tiled exact attention for many queries per sequence.
 
-Source: Dao et al., "FlashAttention", 2022, and Dao, "FlashAttention-2", 2023: one pass over the keys per query tile with
-an online softmax, no score matrix in memory. The one decision: keys come either from dense tensors or from blocks, so
-that a prompt, a later chunk of it and a second chat turn are the same op.
+Source: Dao et al., "FlashAttention", 2022, and Dao, "FlashAttention-2", 2023: one pass over the keys per query tile
+with an online softmax, no score matrix in memory. The one decision: keys come either from dense tensors or from
+blocks, so that a prompt, a later chunk of it and a second chat turn are the same op.
 """
 
 from torch import Tensor
@@ -29,9 +29,9 @@ def prefill_attention(
 ) -> Tensor:
     """Attend every query to the keys of its sequence.
 
-    The queries are the last ``query_len`` positions of the sequence (bottom-right alignment): query i stands at position
-    ``seq_len - query_len + i`` and, when causal, sees the keys at positions in ``(position - window, position]`` that
-    key_mask does not hide. A query that sees no key gives 0 (with sinks too).
+    The queries are the last ``query_len`` positions of the sequence (bottom-right alignment): query i stands at
+    position ``seq_len - query_len + i`` and, when causal, sees the keys at positions in ``(position - window,
+    position]`` that key_mask does not hide. A query that sees no key gives 0 (with sinks too).
 
     Args:
         q: (num_seqs, num_heads, query_len, head_dim); any strides with contiguous head_dim.
@@ -63,9 +63,7 @@ def prefill_attention(
     check_attention(q, k, v, block_table, seq_lens, sinks)
     if query_positions is not None and block_table is None:
         raise ValueError("query_positions needs a block_table: dense keys are aligned with the last query")
-    return _OP(
-        q, k, v, block_table, seq_lens, query_positions, key_mask, sinks, softmax_scale, causal, window, softcap
-    )
+    return _OP(q, k, v, block_table, seq_lens, query_positions, key_mask, sinks, softmax_scale, causal, window, softcap)
 
 
 def _torch_prefill_attention(

@@ -1,8 +1,8 @@
 """store_kv: write new keys and values into the blocks of their sequences (PagedAttention's write path).
 
-Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023, section 4.
-The one decision: the op finds the slots itself from the block table and the lengths on the device, so that a captured
-decode step needs no slot mapping from the host.
+Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023,
+section 4. The one decision: the op finds the slots itself from the block table and the lengths on the device, so
+that a captured decode step needs no slot mapping from the host.
 """
 
 import torch
