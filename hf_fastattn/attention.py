@@ -63,10 +63,10 @@ def fastattn_attention(
         dropout=dropout,
         position_bias=position_bias,
     )
-    if isinstance(key, Handle):
+    if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:
-        assert isinstance(value, Tensor)
+        key, value = (x.materialize() if isinstance(x, Handle) else x for x in (key, value))
         _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
         out = _dense_attention(query, key, value, attention_mask, options)
     return out, None
@@ -81,6 +81,9 @@ def _paged_attention(
     cache, ours = layer.cache, mask is None or mask.dtype == torch.int8
     if cache.made_dense or not ours or reason_to_fall_back(query, new.v, options):
         k, v = cache.store_dense(new, commit=False)
+        if mask is None:  # one query over blocks needs no mask, but dense keys have columns for padding
+            mask = cache.column_mask()
+            mask = None if mask is None else mask.to(query.device)
         out = _dense_attention(query, k, v, mask, options)
     else:
         step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])

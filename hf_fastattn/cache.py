@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -52,18 +53,19 @@ class PagedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys as a dense copy, (num_seqs, num_kv_heads, columns, head_dim); columns never stored are 0."""
-        return None if self.k_cache is None else self.cache.dense(self)[0]
+        return None if self.k_cache is None else self.cache.dense(self, None)[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All values as a dense copy, like :attr:`keys`."""
-        return None if self.v_cache is None else self.cache.dense(self)[1]
+        return None if self.v_cache is None else self.cache.dense(self, None)[1]
 
     @property
     def batch_size(self) -> int:
         """Sequences in the cache, -1 before its first use."""
         return self.cache.state.num_seqs or -1
 
+    @torch.compiler.disable
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the layer's blocks from the shapes of its first states."""
         state = self.cache.state
@@ -80,12 +82,18 @@ class PagedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "a PagedCache cannot be exported: its block tables change on the host between forward passes. Export "
+                "the model with another cache, or compile it with torch.compile"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = NewStates(self, key_states, value_states)
-        if self.cache.uses_handles:
+        step = self.cache.state.step
+        if self.cache.uses_handles or (step is not None and step.handles and self.layer_idx > step.first_layer):
             return Handle(new, 0), Handle(new, 1)
-        return self.cache.store_dense(new)
+        return self.cache.store_dense(new, handles=False)
 
     def touch(self, pair: NewStates) -> tuple[Tensor, Tensor]:
         """Serve code that computes with a handle: dense tensors, from now on."""
@@ -179,7 +187,7 @@ class PagedCache(Cache):
         """
         step = self.state.step
         if step is None or layer.layer_idx <= step.first_layer:
-            if torch.compiler.is_compiling() and mask is None:
+            if torch.compiler.is_compiling() and mask is None and self.state.reserved:
                 step = self.state.begin_compiled(layer.layer_idx, new.k.shape[2], new.k.device)
             else:
                 step = self._begin(layer.layer_idx, new.k, mask)
@@ -193,12 +201,13 @@ class PagedCache(Cache):
             new.k, new.v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions
         )
 
-    def store_dense(self, new: NewStates, *, commit: bool = True) -> tuple[Tensor, Tensor]:
+    def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
 
         Args:
             new: a layer's new states.
             commit: end the forward pass if the layer is the last one that caches.
+            handles: the states were handed out as a handle, see :class:`~hf_fastattn.paged_state.Step`.
         """
         layer = new.layer
         assert isinstance(layer, PagedLayer)
@@ -206,22 +215,28 @@ class PagedCache(Cache):
         step = self.state.step
         if step is None or layer.layer_idx <= step.first_layer:
             step = self._begin(layer.layer_idx, new.k, None, mask_known=False)
+            step.handles = handles
         tables = self.state.on(new.k.device)
         self.store(layer, new, step, tables)
-        dense = self.dense(layer)
+        dense = self.dense(layer, step)
         if commit and layer.layer_idx == last_caching_layer(self.config):
             self.state.commit()
         return dense
 
-    def dense(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
-        """Copy a layer's keys and values out of the blocks, (num_seqs, num_kv_heads, columns, head_dim) each."""
+    def dense(self, layer: PagedLayer, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Copy a layer's keys and values out of the blocks, (num_seqs, num_kv_heads, columns, head_dim) each.
+
+        Args:
+            layer: whose.
+            step: the forward pass whose columns are wanted too; None for those of complete ones.
+        """
         assert layer.k_cache is not None and layer.v_cache is not None
         state, device = self.state, layer.k_cache.device
-        if state.step is None:
+        if step is None:
             state.sync()
-        columns = state.columns + (state.step.query_len if state.step is not None else 0)
+        columns = state.columns + (step.query_len if step is not None else 0)
         stored = torch.ones(state.num_seqs, columns, dtype=torch.bool, device=device)
-        known = state.step.stored if state.step is not None else state.stored
+        known = step.stored if step is not None else state.stored
         if known is not None:
             stored[:, : known.shape[1]] = known.to(device)
         positions = (stored.cumsum(1) - 1).clamp(min=0)
@@ -231,6 +246,14 @@ class PagedCache(Cache):
             cache.flatten(0, 1)[index].masked_fill(~stored[:, :, None, None], 0).transpose(1, 2)
             for cache in (layer.k_cache, layer.v_cache)
         )  # type: ignore[return-value]
+
+    def column_mask(self) -> Tensor | None:
+        """Return which columns the current forward pass may see, (num_seqs, 1, 1, columns) int8; None for all."""
+        step = self.state.step
+        if step is None or step.seen is None:
+            return None
+        later = self.state.columns + step.query_len - step.seen.shape[1]  # behind the last mask everything is seen
+        return F.pad(step.seen.to(torch.int8), (0, later), value=1)[:, None, None]
 
     def columns(self) -> Any:
         """Return the columns of complete forward passes: an int, or a tensor inside a compiled graph."""
@@ -319,7 +342,7 @@ class PagedCache(Cache):
 
     def to_dynamic(self) -> DynamicCache:
         """Return a DynamicCache with the same contents; columns never stored are 0, as the mask must hide them."""
-        data = [self.dense(layer) for layer in self.paged_layers if layer.is_initialized]
+        data = [self.dense(layer, None) for layer in self.paged_layers if layer.is_initialized]
         return DynamicCache(data)
 
     @classmethod
@@ -399,7 +422,7 @@ class PagedCache(Cache):
         if not tensors and states is not None:
             heads, head_dim = states.shape[1], states.shape[3]
             per_block = 2 * len(self.layers) * size * heads * head_dim * states.element_size()
-        advice = "max_length" if self.state.max_length is not None and self.state.num_blocks is None else "num_blocks"
+        advice = "max_length" if full.detail else "num_blocks"  # the pool is full, or a sequence is at its limit
         detail = (
             f" ({full.wanted * size} tokens, {full.wanted * per_block / 2**20:.1f} MiB; the pool holds "
             f"{full.total * size} tokens in {full.total * per_block / 2**20:.1f} MiB){full.detail}. The cache is as it "

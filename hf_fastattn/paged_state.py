@@ -6,7 +6,7 @@ host (for allocation) and on each device (for the kernels), and moves from one t
 a forward pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ class Step:
         positions: (num_seqs, query_len) int32, position of each new column in its sequence, -1 where it is not stored;
             None when every column is stored.
         mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
+        handles: the masks of the pass were made for handles, so that all its layers have to be given some.
     """
 
     query_len: int
@@ -46,6 +47,7 @@ class Step:
     lens: list[int] = field(default_factory=list)
     seen: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns may be seen
     stored: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns are stored
+    handles: bool = True
 
 
 @dataclass
@@ -140,6 +142,8 @@ class PagedState:
         """
         self.sync()
         num_seqs, _, query_len, _ = new.shape
+        if self.columns == 0 and num_seqs != self.num_seqs:
+            self.release()  # the batch of a first forward pass that failed, or of early initialization
         if self.num_seqs == 0:
             self.add_batch(num_seqs, query_len)
         self.on(new.device)
@@ -154,7 +158,7 @@ class PagedState:
         return step
 
     def begin_compiled(self, layer_idx: int, query_len: int, device: torch.device) -> Step:
-        """Plan a forward pass in a compiled graph: room was reserved, every column is stored, host counts stay behind."""
+        """Plan a forward pass in a compiled graph: room is reserved, all columns are stored, host counts lag."""
         tables = self.devices[device]
         tables.seq_lens.copy_(tables.past_lens + query_len)
         self.behind = True
@@ -169,10 +173,15 @@ class PagedState:
         for tables in self.devices.values():
             tables.past_lens.copy_(tables.seq_lens)
             tables.columns.add_(step.query_len)
-        if not torch.compiler.is_compiling():
-            self.tables.lens = step.lens
-            self.columns += step.query_len
-            self.seen, self.stored = step.seen, step.stored
+        if step.lens:
+            self._commit_counts(step)
+
+    @torch.compiler.disable
+    def _commit_counts(self, step: Step) -> None:
+        """Advance the host's counts: it planned the forward pass, even if a compiled graph ended it."""
+        self.tables.lens = step.lens
+        self.columns += step.query_len
+        self.seen, self.stored = step.seen, step.stored
 
     def sync(self) -> None:
         """Bring the host's counts up to the device's, after compiled steps."""
@@ -186,16 +195,17 @@ class PagedState:
     def crop(self, tokens: int) -> None:
         """Remove the last columns."""
         self.sync()
+        self.step = None
         columns = max(self.columns - tokens, 0)
         if self.stored is None:
             lens = [max(n - (self.columns - columns), 0) for n in self.tables.lens]
         else:
             stored = self.stored[:, :columns]
             lens = (stored.sum(1) + columns - stored.shape[1]).tolist()
-            self.stored = stored
-            self.seen = None if self.seen is None else self.seen[:, :columns]
-        self._copy_blocks(self.tables.truncate(lens, keep_blocks=self.reserved))
+        self._copy_blocks(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
         self.columns = columns
+        self.stored = None if self.stored is None else self.stored[:, :columns]
+        self.seen = None if self.seen is None else self.seen[:, :columns]
         for tables in self.devices.values():
             for row, end in enumerate(lens):
                 if tables.key_mask is not None:
@@ -205,14 +215,11 @@ class PagedState:
     def select(self, index: Sequence[int]) -> None:
         """Make the batch sequences index[0], index[1], ...; blocks are shared, only partly filled last ones copied."""
         self.sync()
-        try:
-            copies = self.tables.select(index)
-        except BlockPoolExhausted as full:
-            if self.num_blocks is not None:
-                raise
-            self.resize(self.pool.num_blocks + full.wanted)
-            copies = self.tables.select(index)
-        self._copy_blocks(copies)
+        self.step = None
+        if not index:
+            self.release()
+            return
+        self._copy_blocks(self._growing(lambda: self.tables.select(index)))
         self.seen = None if self.seen is None else self.seen[list(index)]
         self.stored = None if self.stored is None else self.stored[list(index)]
         for tables in self.devices.values():
@@ -225,6 +232,7 @@ class PagedState:
         self.tables.release()
         for tables in self.devices.values():
             tables.key_mask = None
+            tables.columns.zero_()
         self.step, self.columns, self.seen, self.stored, self.behind, self.unsynced = None, 0, None, None, False, 0
 
     def refresh(self) -> None:
@@ -267,7 +275,7 @@ class PagedState:
         assert self.max_length is not None
         wanted = self.tables.blocks_for(tokens) - self.tables.blocks_for(self.max_length)
         detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
-        return BlockPoolExhausted(max(wanted, 1), 0, self.pool.num_blocks, detail)
+        return BlockPoolExhausted(max(wanted, 1), self.pool.num_free, self.pool.num_blocks, detail)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state and the blocks that hold tokens, and no others."""
@@ -325,8 +333,8 @@ class PagedState:
         old = torch.ones_like(before) if mask is None else mask[:, : self.columns]
         if mask_known and step.query_len > 1 and not torch.equal(before, old):
             raise ValueError(
-                "the attention mask changes columns that are cached already: their keys were stored under another mask; "
-                "pass the full mask, earlier padding included, or start from an empty cache"
+                "the attention mask changes columns that are cached already: their keys were stored under another "
+                "mask. Pass the full mask, earlier padding included, or start from an empty cache"
             )
         if new is None or bool(new.all()):
             step.seen, step.stored = self.seen, self.stored
@@ -364,6 +372,16 @@ class PagedState:
                 self.resize(self.pool.num_blocks + max(lacking, self.pool.num_blocks // 2))
         if self.tables.reserve(lens):
             self.refresh()
+
+    def _growing(self, plan: Callable[[], list[tuple[int, int]]]) -> list[tuple[int, int]]:
+        """Return what plan does; if it lacks blocks and the pool may grow, grow it first."""
+        try:
+            return plan()
+        except BlockPoolExhausted as full:
+            if self.num_blocks is not None:
+                raise
+            self.resize(self.pool.num_blocks + full.wanted)
+            return plan()
 
     def _copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
         pairs = list(copies)

@@ -1,8 +1,8 @@
 """The attention ops in PyTorch: what a CPU runs, and any device without a Triton kernel.
 
 Built for speed where a CPU spends its time: sequences whose blocks lie in one run are read through a view without a
-copy, the query heads of one key head become rows of one tile (so that keys are read once, not once per query head), a sliding
-window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
+copy, the query heads of one key head become rows of one tile (so that keys are read once, not once per query head), a
+sliding window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
 """
 
 import itertools

@@ -93,13 +93,17 @@ def _torch_store_kv(
         raise IndexError("a token's position has no block in the block table (-1)")
     if slots.dim() == 2:
         slots, new_k, new_v = slots.flatten(), new_k.flatten(0, 1), new_v.flatten(0, 1)
-    _flat(k_cache).index_copy_(0, slots.long(), new_k)
-    _flat(v_cache).index_copy_(0, slots.long(), new_v)
+    _write(k_cache, slots.long(), new_k)
+    _write(v_cache, slots.long(), new_v)
 
 
-def _flat(cache: Tensor) -> Tensor:
-    """View a cache as one row per slot: (num_blocks * block_size, heads, dim)."""
-    return cache.view(-1, *cache.shape[2:])
+def _write(cache: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Write one (heads, dim) state per slot, through a view with one row per slot where the strides allow one."""
+    block_size = cache.shape[1]
+    if cache.stride(0) == block_size * cache.stride(1):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, states)
+    else:
+        cache[slots // block_size, slots % block_size] = states
 
 
 def _fake_store_kv(

@@ -1,0 +1,283 @@
+"""How fast is generate()? Prefill and decode tokens/s, time to first token and latency per step, side by side.
+
+    python -m eval.throughput --model llama-20m --cells 1x512 1x8192 4x4096 --combos sdpa/dynamic fastattn/paged
+
+Every combination is one attention implementation with one cache. Each is checked before it is timed: its logits over
+given tokens may be at most twice as far from a reference in higher precision as eager attention's own logits in the
+timed dtype. A combination that is further off is reported as wrong and not timed.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_fastattn import PagedCache
+
+from . import common
+
+COMBOS = {
+    "eager/dynamic": ("eager", "dynamic", False),
+    "sdpa/dynamic": ("sdpa", "dynamic", False),
+    "sdpa/static": ("sdpa", "static", False),
+    "sdpa/static+compile": ("sdpa", "static", True),
+    "flex/dynamic": ("flex_attention", "dynamic", False),
+    "fastattn/dynamic": ("fastattn", "dynamic", False),
+    "fastattn/static": ("fastattn", "static", False),
+    "fastattn/paged": ("fastattn", "paged", False),
+    "fastattn/paged+compile": ("fastattn", "paged-sized", True),
+}
+CHECKED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload: sequences, tokens of each prompt, new tokens, beams, mean share of the prompts that is padding."""
+
+    batch: int
+    prompt: int
+    new_tokens: int
+    beams: int = 1
+    padding: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        extra = (f" {self.beams} beams" if self.beams > 1 else "") + (
+            f" pad {self.padding:.0%}" if self.padding else ""
+        )
+        return f"{self.batch}x{self.prompt}+{self.new_tokens}{extra}"
+
+
+class Clock(StoppingCriteria):
+    """Never stops generate(), but notes when each token is there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Note the time; stop nothing."""
+        common.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def make_inputs(model: PreTrainedModel, cell: Cell) -> dict[str, Tensor]:
+    """Return random prompts; with padding, row i is left-padded by a share that grows with i."""
+    generator = torch.Generator().manual_seed(1)
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocab, (cell.batch, cell.prompt), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(cell.batch):
+        share = cell.padding * (row + 1) / cell.batch
+        mask[row, : min(int(2 * share * cell.prompt), cell.prompt - 1)] = 0
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
+    """Return an empty cache with room for a cell."""
+    length = cell.prompt + cell.new_tokens
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=length)
+    return PagedCache(model.config, max_length=length if kind == "paged-sized" else None)
+
+
+def forced_logits(
+    model: PreTrainedModel, implementation: str, cache: str, cell: Cell, inputs: dict[str, Tensor], given: Tensor
+) -> Tensor:
+    """Return the logits of the last prompt token and of the given tokens after it, (batch, steps, vocab), float64."""
+    model.set_attn_implementation(implementation)
+    state = make_cache(model, cache, cell)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = []
+    with torch.no_grad():
+        for step in range(given.shape[1]):
+            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=state, logits_to_keep=1)
+            logits.append(out.logits[:, -1].double().cpu())
+            ids = given[:, step : step + 1]
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            positions = positions[:, -1:] + 1
+    return torch.stack(logits, 1)
+
+
+def reference_logits(reference: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor], given: Tensor) -> Tensor:
+    """Return the same logits from eager attention, row by row without padding (at which eager in float64 gives NaN)."""
+    rows = []
+    for ids, mask, row_given in zip(inputs["input_ids"], inputs["attention_mask"], given, strict=True):
+        row = ids[mask.bool()][None]
+        alone = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        rows.append(forced_logits(reference, "eager", "dynamic", cell, alone, row_given[None]))
+    return torch.cat(rows)
+
+
+def check(
+    model: PreTrainedModel, reference: PreTrainedModel, implementation: str, cache: str, cell: Cell
+) -> tuple[bool, dict[str, float]]:
+    """Compare a combination with the reference; return whether it is right, and the errors."""
+    inputs = make_inputs(model, cell)
+    steps = min(CHECKED_STEPS, cell.new_tokens)
+    given = make_inputs(model, Cell(cell.batch, steps, 0))["input_ids"]
+    exact = reference_logits(reference, cell, inputs, given)
+    eager = (forced_logits(model, "eager", "dynamic", cell, inputs, given) - exact).abs().max().item()
+    own = (forced_logits(model, implementation, cache, cell, inputs, given) - exact).abs().max().item()
+    rounding = 8 * torch.finfo(model.dtype).eps * exact.abs().max().item()
+    return own <= 2 * eager + rounding, {"error": own, "eager_error": eager}
+
+
+def generate_once(model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Run generate() once; return times and tokens."""
+    implementation, cache, compiled = COMBOS[combo]
+    model.set_attn_implementation(implementation)
+    clock = Clock(model.device)
+    common.synchronize(model.device)
+    start = time.perf_counter()
+    tokens = model.generate(
+        **inputs,
+        past_key_values=make_cache(model, cache, cell),
+        max_new_tokens=cell.new_tokens,
+        num_beams=cell.beams,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        disable_compile=not compiled,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    steps = [b - a for a, b in zip([start, *clock.times], clock.times, strict=False)]
+    return {"first": steps[0], "steps": steps[1:], "tokens": tokens[:, inputs["input_ids"].shape[1] :].cpu()}
+
+
+def measure_cell(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    combos: list[str],
+    cell: Cell,
+    rounds: int,
+    *,
+    checker: Callable[..., tuple[bool, dict[str, float]]] = check,
+) -> list[dict[str, Any]]:
+    """Check and time every combination on one cell; one row each."""
+    inputs = make_inputs(model, cell)
+    rows: dict[str, dict[str, Any]] = {}
+    for combo in combos:
+        row = rows[combo] = {"cell": cell.name, "combo": combo, **asdict(cell)}
+        try:
+            right, errors = checker(model, reference, *COMBOS[combo][:2], cell)
+        except Exception as error:  # a failing combination is a row, not the end of the run
+            row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        row.update(errors, status="ok" if right else "WRONG")
+    timed = [combo for combo in combos if rows[combo]["status"] == "ok"]
+    for combo in timed:  # compilation is warm-up: counted and shown apart
+        rows[combo]["first_call_s"] = common.seconds(
+            lambda c=combo: generate_once(model, c, cell, inputs), model.device
+        )
+    runs = common.alternate(
+        {combo: lambda c=combo: generate_once(model, c, cell, inputs) for combo in timed},
+        rounds,
+        warmup=0,
+        label=cell.name,
+    )
+    expected = generate_once(model, "eager/dynamic", cell, inputs)["tokens"] if timed else None
+    for combo in timed:
+        first = common.Spread.of([run["first"] for run in runs[combo]])
+        step = common.Spread.of([sorted(run["steps"])[len(run["steps"]) // 2] for run in runs[combo]])
+        decode_s = [sum(run["steps"]) for run in runs[combo]]
+        unequal = (runs[combo][-1]["tokens"] != expected).any(0).nonzero().flatten()
+        rows[combo].update(
+            prefill_tokens_per_s=cell.batch * cell.prompt / first.median,
+            decode_tokens_per_s=cell.batch * (cell.new_tokens - 1) / common.Spread.of(decode_s).median,
+            first_token_s=asdict(first),
+            step_ms=asdict(common.Spread(*(1e3 * x for x in (step.median, step.low, step.high)), step.count)),
+            first_difference=int(unequal[0]) if len(unequal) else None,
+        )
+        if len(unequal) and model.dtype in (torch.float32, torch.float64):
+            rows[combo]["status"] = "WRONG tokens"
+    return list(rows.values())
+
+
+def parse_cells(args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of the command line, or end with a sentence."""
+    cells = []
+    for text in args.cells:
+        try:
+            batch, prompt = map(int, text.split("x"))
+        except ValueError:
+            common.fail(f"a cell is BATCHxPROMPT, for example 4x4096; got {text!r}")
+        if batch < 1 or prompt < 1:
+            common.fail(f"a cell needs at least one sequence and one token, got {text!r}")
+        cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding))
+    return cells
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 1 if any combination was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny", help=f"hub name, folder, tiny, {', '.join(common.SHAPES)}")
+    parser.add_argument("--combos", nargs="+", choices=list(COMBOS), default=None)
+    parser.add_argument("--cells", nargs="+", default=["1x512"], metavar="BATCHxPROMPT")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--padding", type=float, default=0.0, help="mean share of left padding, 0 to 0.5")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers of a named shape")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="result file (JSON)")
+    args = parser.parse_args(argv)
+    if args.new_tokens < 2:
+        common.fail(f"decoding is measured over at least 2 new tokens, got --new-tokens {args.new_tokens}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = common.pick_device(args.device)
+    dtype = common.pick_dtype(args.dtype, device)
+    combos = args.combos or [name for name in COMBOS if "compile" not in name or device.type == "cuda"]
+    cells = parse_cells(args)
+    model = common.load_model(args.model, device, dtype, layers=args.layers)
+    exact = torch.float64 if dtype == torch.float32 else torch.float32
+    reference = common.load_model(args.model, device, dtype, layers=args.layers).to(exact)
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        tokens = cell.batch * cell.beams * (cell.prompt + cell.new_tokens)
+        wanted = 3 * common.kv_bytes(model.config, tokens, dtype)
+        if wanted > common.free_memory(device):
+            rows.append({"cell": cell.name, "combo": "-", "status": f"skipped: needs about {wanted / 2**30:.1f} GiB"})
+            continue
+        try:
+            rows += measure_cell(model, reference, combos, cell, args.rounds)
+        except KeyboardInterrupt:
+            print("interrupted: what is done is kept")
+            break
+        if args.out:
+            common.write_result(args.out, "throughput", device, vars(args), rows)
+    columns = [
+        "cell",
+        "combo",
+        "prefill_tokens_per_s",
+        "decode_tokens_per_s",
+        "error",
+        "eager_error",
+        "first_difference",
+    ]
+    print(common.table(rows, [*columns, "status"]))
+    return int(any("WRONG" in row["status"] or "failed" in row["status"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

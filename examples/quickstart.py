@@ -1,0 +1,88 @@
+"""Complete a Python prompt through fastattn and through sdpa, side by side: text, tokens and speed.
+
+python examples/quickstart.py                      # the bundled tiny model
+python examples/quickstart.py --model NAME_OR_FOLDER --prompt "..." --max-new-tokens 64
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+import hf_fastattn
+
+TINY_MODEL = Path(__file__).parent / "tiny-llama"
+PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
+
+
+def main() -> None:
+    """Parse the arguments, generate twice, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(TINY_MODEL), help="a hub name or a folder; default: the bundled model")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", default=None, help="float32, bfloat16, ...; default: float32 on a CPU, else bfloat16"
+    )
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="fastattn")
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot load the model {args.model!r}: {error}")
+    model = model.to(args.device).eval()
+    name = Path(args.model).name if args.model == str(TINY_MODEL) else args.model
+    print(f"{name} ({model.num_parameters() / 1e6:.1f}M parameters) on {args.device}, {dtype}\n")
+
+    print("--- fastattn, PagedCache " + "-" * 55)
+    ours, speed = complete(model, tokenizer, args.prompt, args.max_new_tokens, paged=True, stream=True)
+    model.set_attn_implementation("sdpa")
+    print("--- sdpa, DynamicCache (the same model) " + "-" * 40)
+    theirs, baseline = complete(model, tokenizer, args.prompt, args.max_new_tokens, paged=False, stream=True)
+
+    same = torch.equal(ours, theirs)
+    print("-" * 80)
+    print(f"same tokens: {'yes' if same else f'no, from new token {first_difference(ours, theirs)} on'}")
+    print(f"fastattn {speed:7.1f} tokens/s\nsdpa     {baseline:7.1f} tokens/s")
+    if not same and dtype == torch.float32:
+        sys.exit("the tokens must agree in float32: this is a bug")
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    paged: bool,
+    stream: bool,
+) -> tuple[torch.Tensor, float]:
+    """Generate greedily; return the new tokens and the tokens per second of a second, warm run without streaming."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "disable_compile": True}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+
+    def generate(streamer: TextStreamer | None) -> torch.Tensor:
+        cache = hf_fastattn.PagedCache(model.config) if paged else None
+        return model.generate(**inputs, **options, past_key_values=cache, streamer=streamer)
+
+    generate(streamer)
+    start = time.perf_counter()
+    tokens = generate(None)[0, inputs["input_ids"].shape[1] :]
+    return tokens, len(tokens) / (time.perf_counter() - start)
+
+
+def first_difference(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Return the position of the first token in which two sequences differ."""
+    length = min(len(a), len(b))
+    unequal = (a[:length] != b[:length]).nonzero()
+    return int(unequal[0]) if len(unequal) else length
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Softmax in pieces, in the exp2 domain: the jit primitives that the attention kernels share.
+
+A logit is kept as ``scores * scale``, where scale holds log2(e), so that exp2 takes the place of exp. The running
+maximum starts at a finite number instead of -inf: a tile without a visible key then changes nothing, without a test.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+MIN_MAXIMUM = tl.constexpr(-3.0e38)
+"""Running maximum of a row that has seen no key: finite, so that ``-inf - MIN_MAXIMUM`` is -inf and not NaN."""
+
+
+@triton.jit
+def softmax_step(scores, scale, m_i, l_i):
+    """Take one tile of scores into a row's running maximum and sum.
+
+    Args:
+        scores: [M, N] fp32, -inf where a key is hidden.
+        scale: fp32 scalar > 0; ``scores * scale`` are the logits times log2(e).
+        m_i, l_i: [M] fp32, maximum (exp2 domain, at least MIN_MAXIMUM) and sum of what came before.
+
+    Returns:
+        p [M, N], the factor [M] that brings what was accumulated before to the new maximum, and the new m_i and l_i.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    p = tl.math.exp2(scores * scale - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def tanh_from_log2(x):
+    """Return tanh(y) for ``x = 2 * log2(e) * y``: no overflow for any x, absolute error about 1e-7."""
+    e = tl.math.exp2(-tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)

@@ -1,0 +1,642 @@
+"""prefill_attention in Triton: FlashAttention-2's forward pass over dense keys or over blocks.
+
+Source: Dao, "FlashAttention-2", 2023, section 3.1. One program attends one tile of queries of one head in one pass over
+the key tiles it can see. The one decision: the pass is two loops, first the tiles that every query of the tile sees
+whole, without position masks, then the tiles on the edges (causal diagonal, window, end of the sequence). Softmax does
+not care about the order, so that only the few edge tiles pay for masks.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM
+
+from ._launch import device_arch
+from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
+
+FAR = tl.constexpr(2**30)
+"""Larger than any position, and ``position - FAR`` is still an int32: no window, no valid query."""
+
+MAX_TOKEN_STRIDE = 2**23
+"""Offsets inside a tile of up to 128 tokens are int32; those of tiles, blocks and sequences are int64."""
+
+
+@triton.jit
+def _load_ahead(ptr, ASM: tl.constexpr):
+    """Load int32 or uint8 values, as int32, that other loads of the same loop iteration depend on.
+
+    With a tl.load in that place Triton 3.6 keeps a single K/V tile in flight; it does not look into inline PTX. The
+    load has no mask and the pipeline runs it for tiles past the last, so that the caller clamps the address. The
+    interpreter takes tl.load.
+    """
+    if ASM:
+        if ptr.dtype.scalar.element_ty == tl.int32:
+            value = tl.inline_asm_elementwise(
+                "ld.global.nc.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
+            )
+        else:
+            value = tl.inline_asm_elementwise(
+                "ld.global.nc.u8 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
+            )
+    else:
+        value = tl.load(ptr).to(tl.int32)
+    return value
+
+
+@triton.jit
+def _attend_tiles(
+    acc,
+    m_i,
+    l_i,
+    q,
+    query_pos,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    key_mask_ptr,
+    scale,
+    cap_log2,
+    window,
+    max_blocks,
+    k_begin,
+    k_end,
+    first_tile,
+    num_tiles,
+    gap_at,
+    gap,
+    stride_k_block,
+    stride_k_token,
+    stride_v_block,
+    stride_v_token,
+    stride_table_block,
+    stride_mask_token,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    KV_BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EDGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Take num_tiles key tiles from first_tile on, skipping ``gap`` tiles at the gap_at-th, into acc, m_i and l_i.
+
+    EDGE: some query of the tile may not see some key of these tiles; keys outside [k_begin, k_end) are not loaded.
+    Without EDGE every key is seen by every query, as far as positions go (key_mask applies in both).
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    within = offs_n % KV_BLOCK_SIZE if KV_BLOCK_SIZE > 0 else offs_n
+    k_offs = (within * stride_k_token)[:, None] + offs_d[None, :]  # [BLOCK_N, BLOCK_D] int32, inside one block
+    v_offs = (within * stride_v_token)[:, None] + offs_dv[None, :]  # [BLOCK_N, BLOCK_DV]
+    for t in tl.range(0, num_tiles):
+        tile = first_tile + t
+        if EDGE:
+            tile += tl.where(t >= gap_at, gap, 0)
+        start = tile * BLOCK_N
+        keys = start + offs_n
+        if KV_BLOCK_SIZE == 0:  # dense
+            k_ptrs = k_ptr + start.to(tl.int64) * stride_k_token + k_offs
+            v_ptrs = v_ptr + start.to(tl.int64) * stride_v_token + v_offs
+        elif KV_BLOCK_SIZE >= BLOCK_N:  # one block holds the tile
+            entry = tl.minimum(start // KV_BLOCK_SIZE, max_blocks - 1)
+            block = tl.maximum(_load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
+            k_ptrs = k_ptr + (block * stride_k_block + start % KV_BLOCK_SIZE * stride_k_token) + k_offs
+            v_ptrs = v_ptr + (block * stride_v_block + start % KV_BLOCK_SIZE * stride_v_token) + v_offs
+        else:  # several blocks make up the tile
+            entry = tl.minimum(keys // KV_BLOCK_SIZE, max_blocks - 1)
+            block = tl.maximum(_load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
+            k_ptrs = k_ptr + (block * stride_k_block)[:, None] + k_offs
+            v_ptrs = v_ptr + (block * stride_v_block)[:, None] + v_offs
+
+        in_range = tl.full([BLOCK_N], True, tl.int1)
+        if EDGE:
+            in_range = (keys >= k_begin) & (keys < k_end)
+        shown = in_range
+        if key_mask_ptr is not None:
+            column = tl.maximum(tl.minimum(keys, k_end - 1), 0)
+            shown &= _load_ahead(key_mask_ptr + column * stride_mask_token, ASM) != 0
+        k_mask = in_range[:, None]
+        v_mask = shown[:, None]  # 0 * NaN is NaN: no value of a hidden key enters the product
+        if HEAD_DIM != BLOCK_D:
+            k_mask &= (offs_d < HEAD_DIM)[None, :]
+        if V_HEAD_DIM != BLOCK_DV:
+            v_mask &= (offs_dv < V_HEAD_DIM)[None, :]
+
+        k = tl.load(k_ptrs, mask=k_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if SOFTCAP:
+            scores = tanh_from_log2(scores * scale)
+        visible = shown[None, :]
+        if EDGE and CAUSAL:
+            visible &= (keys[None, :] <= query_pos[:, None]) & (keys[None, :] > query_pos[:, None] - window)
+        if EDGE or key_mask_ptr is not None:
+            scores = tl.where(visible, scores, float("-inf"))
+
+        p, alpha, m_i, l_i = softmax_step(scores, cap_log2 if SOFTCAP else scale, m_i, l_i)
+        v = tl.load(v_ptrs, mask=v_mask, other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+    return acc, m_i, l_i
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_len",
+        "seq_len",
+        "max_blocks",
+        "num_query_tiles",
+        "window",
+        "stride_table_seq",
+        "stride_pos_seq",
+        "stride_mask_seq",
+    ]
+)
+def prefill_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    positions_ptr,
+    key_mask_ptr,
+    sinks_ptr,
+    scale,
+    cap_log2,
+    window,
+    query_len,
+    seq_len,
+    max_blocks,
+    num_query_tiles,
+    stride_q_seq,
+    stride_q_head,
+    stride_q_token,
+    stride_k_block,
+    stride_k_head,
+    stride_k_token,
+    stride_v_block,
+    stride_v_head,
+    stride_v_token,
+    stride_out_seq,
+    stride_out_token,
+    stride_table_seq,
+    stride_table_block,
+    stride_lens_seq,
+    stride_pos_seq,
+    stride_pos_token,
+    stride_mask_seq,
+    stride_mask_token,
+    NUM_KV_HEADS: tl.constexpr,
+    QUERIES_PER_KV: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    KV_BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Attend BLOCK_M queries of one head; grid (num_query_tiles * num_heads * num_seqs,).
+
+    The query tiles of the heads that share K and V are neighbours, last tile first: they meet in the cache, and when
+    causal the programs with the most work start first.
+
+    q (num_seqs, heads, query_len, HEAD_DIM), out (num_seqs, query_len, heads, V_HEAD_DIM). k, v: KV_BLOCK_SIZE 0 is
+    dense, (num_seqs, kv heads, seq_len, dim) with stride_k_block the stride of a sequence; otherwise (num_blocks,
+    KV_BLOCK_SIZE, kv heads, dim). table, seq_lens, positions, key_mask (uint8) and sinks as in the op, None if absent.
+
+    Loop-carried: acc [BLOCK_M, BLOCK_DV], m_i and l_i [BLOCK_M], fp32, exp2 domain. scale and cap_log2: logits times
+    log2(e) are ``scores * scale``, or with SOFTCAP ``tanh(scores * scale / (2 log2(e))) * cap_log2``; both positive.
+
+    The launcher guarantees contiguous head sizes, KV_BLOCK_SIZE a power of two, and at least one key (dense) or one
+    column in the table. Every element of out is written.
+    """
+    pid = tl.program_id(0)
+    of_kv_head = pid % (num_query_tiles * QUERIES_PER_KV)
+    kv_head = pid // (num_query_tiles * QUERIES_PER_KV) % NUM_KV_HEADS
+    seq = (pid // (num_query_tiles * QUERIES_PER_KV) // NUM_KV_HEADS).to(tl.int64)
+    head = kv_head * QUERIES_PER_KV + of_kv_head % QUERIES_PER_KV
+    first_row = (num_query_tiles - 1 - of_kv_head // QUERIES_PER_KV) * BLOCK_M
+
+    k_ptr += kv_head.to(tl.int64) * stride_k_head
+    v_ptr += kv_head.to(tl.int64) * stride_v_head
+    if KV_BLOCK_SIZE == 0:
+        k_ptr += seq * stride_k_block
+        v_ptr += seq * stride_v_block
+    else:
+        seq_len = tl.load(seq_lens_ptr + seq * stride_lens_seq)
+        table_ptr += seq * stride_table_seq
+    if key_mask_ptr is not None:
+        key_mask_ptr += seq * stride_mask_seq
+
+    offs_m = tl.arange(0, BLOCK_M)
+    row_exists = first_row + offs_m < query_len
+    if positions_ptr is not None:
+        pos_ptrs = positions_ptr + seq * stride_pos_seq + (first_row + offs_m) * stride_pos_token
+        query_pos = tl.load(pos_ptrs, mask=row_exists, other=-1)
+        first_pos = tl.min(tl.where(query_pos >= 0, query_pos, FAR), 0)
+        last_pos = tl.max(query_pos, 0)
+    else:
+        first_pos = seq_len - query_len + first_row
+        last_pos = seq_len - query_len + tl.minimum(first_row + BLOCK_M, query_len) - 1
+        query_pos = first_pos + offs_m
+
+    # Keys [k_begin, k_end) are seen by some query of the tile, [all_begin, all_end) by every one.
+    k_begin, k_end, all_begin, all_end = 0, seq_len, 0, seq_len
+    if CAUSAL:
+        k_begin = tl.maximum(first_pos - window + 1, 0)
+        k_end = tl.maximum(tl.minimum(seq_len, last_pos + 1), 0)
+        all_begin = tl.maximum(last_pos - window + 1, 0)
+        all_end = tl.maximum(tl.minimum(seq_len, first_pos + 1), 0)
+    stop = tl.cdiv(k_end, BLOCK_N)
+    start = tl.minimum(k_begin // BLOCK_N, stop)
+    if key_mask_ptr is not None:
+        start = _skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N)
+    full_start = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), start), stop)
+    full_stop = tl.minimum(tl.maximum(all_end // BLOCK_N, full_start), stop) if SPLIT else full_start
+
+    offs_d = tl.arange(0, BLOCK_D)
+    q_rows = seq * stride_q_seq + head.to(tl.int64) * stride_q_head + first_row.to(tl.int64) * stride_q_token
+    q_ptrs = q_ptr + q_rows + (offs_m * stride_q_token)[:, None] + offs_d[None, :]
+    q_mask = row_exists[:, None] & (offs_d < HEAD_DIM)[None, :] if HEAD_DIM != BLOCK_D else row_exists[:, None]
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m_i = tl.full([BLOCK_M], MIN_MAXIMUM, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    if sinks_ptr is not None:  # a key without a value, seen by every row
+        m_i = tl.maximum(m_i, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
+        l_i += 1.0
+    for EDGE in tl.static_range(1 - SPLIT, 2):
+        acc, m_i, l_i = _attend_tiles(
+            acc,
+            m_i,
+            l_i,
+            q,
+            query_pos,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            key_mask_ptr,
+            scale,
+            cap_log2,
+            window,
+            max_blocks,
+            k_begin,
+            k_end,
+            first_tile=start if EDGE else full_start,
+            num_tiles=stop - start - (full_stop - full_start) if EDGE else full_stop - full_start,
+            gap_at=full_start - start,
+            gap=full_stop - full_start,
+            stride_k_block=stride_k_block,
+            stride_k_token=stride_k_token,
+            stride_v_block=stride_v_block,
+            stride_v_token=stride_v_token,
+            stride_table_block=stride_table_block,
+            stride_mask_token=stride_mask_token,
+            HEAD_DIM=HEAD_DIM,
+            V_HEAD_DIM=V_HEAD_DIM,
+            KV_BLOCK_SIZE=KV_BLOCK_SIZE,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+            BLOCK_DV=BLOCK_DV,
+            EDGE=EDGE,
+            CAUSAL=CAUSAL,
+            SOFTCAP=SOFTCAP,
+            ASM=ASM,
+        )
+
+    out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]  # a row that saw no key has acc 0
+    if positions_ptr is not None:
+        out = tl.where((query_pos >= 0)[:, None], out, 0.0)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    out_rows = seq * stride_out_seq + head * V_HEAD_DIM + first_row.to(tl.int64) * stride_out_token
+    out_ptrs = out_ptr + out_rows + (offs_m * stride_out_token)[:, None] + offs_dv[None, :]
+    out_mask = row_exists[:, None] & (offs_dv < V_HEAD_DIM)[None, :] if V_HEAD_DIM != BLOCK_DV else row_exists[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit
+def _skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N: tl.constexpr):
+    """Return the first tile in [start, stop) with a key that key_mask shows, or stop."""
+    offs_n = tl.arange(0, BLOCK_N)
+    tile = start
+    hidden = 1
+    while (tile < stop) & (hidden > 0):
+        keys = tile * BLOCK_N + offs_n
+        shown = tl.load(key_mask_ptr + keys * stride_mask_token, mask=keys < k_end, other=0)
+        hidden = (tl.max(shown.to(tl.int32), 0) == 0).to(tl.int32)
+        tile += hidden
+    return tile
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """Launch config of the kernel.
+
+    Attributes:
+        BLOCK_M, BLOCK_N: queries and keys per tile.
+        num_warps: warps per program.
+        num_stages: depth of the K/V pipeline.
+        split: a loop without masks for the tiles that every query sees whole; False masks every tile, with fewer
+            registers.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    split: bool = True
+
+
+def config(arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, *, plain: bool = True) -> PrefillConfig:
+    """Return the launch config for an architecture (80, 90, 100), head sizes and dtype.
+
+    Chosen so that no case of :func:`compile_cases` spills registers or exceeds shared memory; not yet tuned on a GPU.
+    plain: see :func:`is_plain`; other calls need registers of their own, taken from the tiles.
+    """
+    size = max(64, _tile_dim(max(head_dim, v_head_dim)))
+    if dtype == torch.float32:
+        return _FLOAT32.get((arch, size), _FLOAT32_REST)
+    return _HALF[arch][size] if plain else _HALF_NOT_PLAIN.get((arch, size), _HALF[arch][size])
+
+
+def is_plain(block_size: int, causal: bool, key_mask: bool, softcap: bool) -> bool:
+    """Return whether a call is causal without mask and softcap, on dense keys or blocks of at least 64 tokens."""
+    return causal and not key_mask and not softcap and (block_size == 0 or block_size >= 64)
+
+
+_FLOAT32 = {
+    (80, 128): PrefillConfig(64, 16, 8, 2, split=False),
+    (80, 256): PrefillConfig(64, 16, 8, 2, split=False),
+}
+_FLOAT32_REST = PrefillConfig(32, 32, 8, 2, split=False)
+_HALF = {
+    80: {
+        64: PrefillConfig(128, 64, 4, 3),
+        128: PrefillConfig(128, 32, 8, 4),
+        256: PrefillConfig(64, 32, 8, 3),
+    },
+    90: {
+        64: PrefillConfig(128, 128, 8, 3),
+        128: PrefillConfig(128, 128, 8, 3),
+        256: PrefillConfig(128, 64, 8, 2, split=False),
+    },
+    100: {
+        64: PrefillConfig(128, 64, 8, 3),
+        128: PrefillConfig(128, 64, 8, 3),
+        256: PrefillConfig(128, 32, 8, 3),
+    },
+}
+_HALF_NOT_PLAIN = {
+    (90, 128): PrefillConfig(128, 64, 8, 4),
+    (90, 256): PrefillConfig(128, 32, 8, 3, split=False),
+}
+
+
+def _constants(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    block_size: int,
+    config: PrefillConfig,
+    causal: bool,
+    softcap: bool,
+    asm: bool,
+) -> dict[str, object]:
+    """Return the kernel's constexprs; block_size 0 is dense."""
+    return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "QUERIES_PER_KV": num_heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
+        "KV_BLOCK_SIZE": block_size,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_D": _tile_dim(head_dim),
+        "BLOCK_DV": _tile_dim(v_head_dim),
+        "CAUSAL": causal,
+        "SOFTCAP": softcap,
+        "SPLIT": int(config.split),
+        "ASM": asm,
+    }
+
+
+def _tile_dim(head_dim: int) -> int:
+    """Return the width of a tile that holds a head: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+_config = config  # launch has a keyword of this name
+
+
+def supports(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None = None,
+    softmax_scale: float = 1.0,
+) -> str | None:
+    """Return why the kernel cannot take a call, in one sentence, or None if it can (O(1), no device access)."""
+    if q.dtype not in KERNEL_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return (
+            f"prefill_attention needs q, k and v of one dtype of {KERNEL_DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
+        return f"prefill_attention takes head sizes up to {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+    if not softmax_scale > 0:
+        return f"prefill_attention needs a positive softmax_scale, got {softmax_scale}"
+    token_axis = 2 if block_table is None else 1
+    for x, axis in ((q, 2), (k, token_axis), (v, token_axis)):
+        if x.shape[axis] > 1 and x.stride(axis) >= MAX_TOKEN_STRIDE:
+            return f"prefill_attention takes tokens less than {MAX_TOKEN_STRIDE} elements apart, got {x.stride(axis)}"
+    if block_table is not None:
+        block_size = k.shape[1]
+        if block_size < 16 or block_size & (block_size - 1):
+            return f"prefill_attention takes block sizes that are powers of two from 16, got {block_size}"
+        if k.shape[0] and (k.stride(3) != 1 or v.stride(3) != 1):
+            return "prefill_attention needs k and v caches with a contiguous head dimension"
+    return None
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    query_positions: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    *,
+    config: PrefillConfig | None = None,
+) -> Tensor:
+    """Run the kernel: :func:`hf_fastattn.ops.prefill_attention` by position; config replaces the table's choice.
+
+    Raises:
+        ValueError: what :func:`supports` refuses.
+    """
+    reason = supports(q, k, v, block_table, softmax_scale)
+    if reason is not None:
+        raise ValueError(reason)
+    num_seqs, num_heads, query_len, head_dim = q.shape
+    v_head_dim = v.shape[3]
+    paged = block_table is not None
+    num_kv_heads, seq_len = (k.shape[2], 0) if paged else (k.shape[1], k.shape[2])
+    max_blocks = block_table.shape[1] if paged else 0
+    out = q.new_empty(num_seqs, query_len, num_heads, v_head_dim)
+    if out.numel() == 0:
+        return out
+    if (max_blocks == 0 or k.shape[0] == 0) if paged else seq_len == 0:
+        return out.zero_()
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    if not paged:
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8) if key_mask.shape[1] else None  # no column: no sequence has a key
+    if config is None:
+        plain = is_plain(k.shape[1] if paged else 0, causal, key_mask is not None, softcap > 0)
+        config = _config(device_arch(q.device), head_dim, v_head_dim, q.dtype, plain=plain)
+    scale, cap_log2 = logit_scales(softmax_scale, softcap)
+    k_strides = (k.stride(0), k.stride(2), k.stride(1)) if paged else k.stride()[:3]
+    v_strides = (v.stride(0), v.stride(2), v.stride(1)) if paged else v.stride()[:3]
+    num_query_tiles = triton.cdiv(query_len, config.BLOCK_M)
+    with torch.cuda.device_of(q):
+        prefill_attention_kernel[(num_query_tiles * num_heads * num_seqs,)](
+            q,
+            k,
+            v,
+            out,
+            block_table,
+            seq_lens,
+            query_positions,
+            key_mask,
+            sinks,
+            scale,
+            cap_log2,
+            min(window, FAR.value),
+            query_len,
+            seq_len,
+            max_blocks,
+            num_query_tiles,
+            *q.stride()[:3],
+            *k_strides,
+            *v_strides,
+            *out.stride()[:2],
+            *(block_table.stride() if paged else (0, 0)),
+            seq_lens.stride(0) if paged else 0,
+            *(query_positions.stride() if query_positions is not None else (0, 0)),
+            *(key_mask.stride() if key_mask is not None else (0, 0)),
+            **_constants(
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                v_head_dim,
+                k.shape[1] if paged else 0,
+                config,
+                causal,
+                softcap > 0,
+                q.is_cuda and torch.version.hip is None,
+            ),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
+def logit_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
+    """Return the kernel's scale and cap_log2: log2(e) folded into both, softcap into the tanh's argument."""
+    if softcap > 0:
+        return softmax_scale / softcap * 2 * LOG2_E.value, softcap * LOG2_E.value
+    return softmax_scale * LOG2_E.value, 0.0
+
+
+def compile_cases(arch: int) -> "list[CompileCase]":
+    """Return the launches whose cost eval/compile_report.py shows for an architecture (80, 90, 100)."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *(_case(arch, bf16, size, causal=True) for size in (64, 80, 96, 128, 256)),
+        *(_case(arch, bf16, size, block_size=64, causal=True) for size in (64, 80, 96, 128, 256)),
+        _case(arch, bf16, 128, block_size=16, causal=True),
+        _case(arch, bf16, 128),
+        _case(arch, bf16, 128, causal=True, key_mask=True),
+        _case(arch, bf16, 256, block_size=64, causal=True, softcap=True),
+        _case(arch, bf16, 64, block_size=64, causal=True, sinks=True, key_mask=True, positions=True),
+        _case(arch, bf16, 192, v_head_dim=128, causal=True),
+        _case(arch, fp16, 128, causal=True),
+        *(_case(arch, fp32, size, causal=True) for size in (64, 128)),
+        _case(arch, fp32, 256, block_size=64, causal=True, softcap=True, key_mask=True),
+    ]
+
+
+def _case(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    block_size: int = 0,
+    causal: bool = False,
+    softcap: bool = False,
+    key_mask: bool = False,
+    sinks: bool = False,
+    positions: bool = False,
+) -> "CompileCase":
+    from ._compile import CompileCase
+
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    plain = is_plain(block_size, causal, key_mask, softcap)
+    chosen = config(arch, head_dim, v_head_dim, dtype, plain=plain)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    constants = _constants(32, 8, head_dim, v_head_dim, block_size, chosen, causal, softcap, asm=True)
+    optional = {
+        "table_ptr": block_size > 0 and "*i32",
+        "seq_lens_ptr": block_size > 0 and "*i32",
+        "positions_ptr": positions and "*i32",
+        "key_mask_ptr": key_mask and "*u8",
+        "sinks_ptr": sinks and f"*{name}",
+    }
+    signature = {f"{tensor}_ptr": f"*{name}" for tensor in ("q", "k", "v", "out")}
+    signature |= {pointer: kind for pointer, kind in optional.items() if kind}
+    constants |= {pointer: None for pointer, kind in optional.items() if not kind}
+    constants |= dict.fromkeys(("stride_table_block", "stride_lens_seq", "stride_pos_token", "stride_mask_token"), 1)
+    signature |= {"scale": "fp32", "cap_log2": "fp32"}
+    signature |= {other: "i32" for other in prefill_attention_kernel.arg_names if other not in signature | constants}
+    aligned = [
+        other for other in signature if other.endswith("_ptr") or other[:8] in ("stride_q", "stride_k", "stride_v")
+    ]
+    flags = {"causal": causal, "softcap": softcap, "mask": key_mask, "sinks": sinks, "positions": positions}
+    size = f"d{head_dim}" if v_head_dim == head_dim else f"d{head_dim}v{v_head_dim}"
+    layout = f"paged{block_size}" if block_size else "dense"
+    tile_bytes = chosen.BLOCK_N * (_tile_dim(head_dim) + _tile_dim(v_head_dim)) * dtype.itemsize
+    return CompileCase(
+        name="-".join([layout, name, size, *(flag for flag, on in flags.items() if on)]),
+        kernel=prefill_attention_kernel,
+        signature=signature,
+        constexprs=constants,
+        divisible=(*aligned, "stride_out_seq", "stride_out_token"),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        info={"tile_bytes": tile_bytes, "config": chosen},
+    )
