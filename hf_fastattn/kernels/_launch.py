@@ -12,6 +12,10 @@ KNOWN_ARCHS = (80, 90, 100)
 """Architectures with configs of their own: A100, H100/H200, B200. Others take the nearest smaller one's, once warned."""
 
 
+class Unsupported(ValueError):
+    """A kernel cannot do a call, for the reason given; nothing was launched."""
+
+
 @functools.cache
 def device_arch(device: torch.device) -> int:
     """Return the known architecture (80, 90 or 100) whose launch configs a device takes."""

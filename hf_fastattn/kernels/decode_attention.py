@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM, NO_WINDOW
 
-from ._launch import device_arch
+from ._launch import Unsupported, device_arch
 from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
 
 if TYPE_CHECKING:
@@ -362,11 +362,11 @@ def launch(
         (num_seqs, query_len, num_heads, v's head_dim), contiguous.
 
     Raises:
-        ValueError: see supports.
+        Unsupported: see supports.
     """
     reason = supports(q, k, v, block_table, seq_lens, key_mask)
     if reason is not None:
-        raise ValueError(f"decode_attention: {reason}")
+        raise Unsupported(f"decode_attention: {reason}")
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
     if out.numel() == 0 or max_len == 0 or (key_mask is not None and key_mask.shape[1] == 0):

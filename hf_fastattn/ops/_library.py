@@ -44,20 +44,27 @@ def define_op(
 
 
 def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the CUDA implementation of an op: its launcher, or PyTorch where there is no launcher to be had."""
-    launch: Callable[..., Any] | None = None
+    """Return the CUDA implementation of an op: its launcher, or PyTorch for calls that the kernel does not do."""
+
+    @functools.cache
+    def find_launcher() -> tuple[Callable[..., Any], type[Exception]]:
+        launcher = importlib.import_module(f"hf_fastattn.kernels.{name}")
+        return launcher.launch, importlib.import_module("hf_fastattn.kernels._launch").Unsupported
 
     def on_cuda(*args: Any) -> Any:
-        nonlocal launch
-        if launch is None:
-            launch = _find_launcher(name, implementation)
-        return launch(*args)
+        if not has_triton():
+            _warn_slow(name, "Triton is not installed")
+            return implementation(*args)
+        launch, unsupported = find_launcher()
+        try:
+            return launch(*args)
+        except unsupported as error:
+            _warn_slow(name, str(error))
+            return implementation(*args)
 
     return on_cuda
 
 
-def _find_launcher(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    if not has_triton():
-        warnings.warn(f"Triton is not installed: {name} runs through PyTorch, slower", RuntimeWarning, stacklevel=2)
-        return implementation
-    return importlib.import_module(f"hf_fastattn.kernels.{name}").launch
+@functools.cache
+def _warn_slow(name: str, reason: str) -> None:
+    warnings.warn(f"{name} runs through PyTorch, slower: {reason}", RuntimeWarning, stacklevel=3)
