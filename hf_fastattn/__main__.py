@@ -87,7 +87,8 @@ def _find_module(name: str) -> tuple[CodeType, ModuleSpec]:
                 _fail(f"{name!r} is a package without a __main__ module, so it cannot be run", 1)
     except ModuleNotFoundError as error:
         _fail(f"no module named {error.name!r}, wanted for {name!r}", 1)
-    code = spec.loader.get_code(spec.name) if spec is not None and hasattr(spec.loader, "get_code") else None
+    get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
+    code = get_code(spec.name) if spec is not None and get_code is not None else None
     if spec is None or code is None:
         _fail(f"no module named {name!r}, or it has no code to run", 1)
     return code, spec

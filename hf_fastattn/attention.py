@@ -5,7 +5,6 @@ decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache) ta
 What the ops cannot do (gradients, dropout, additive masks) goes to PyTorch, see :mod:`hf_fastattn.fallback`.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,11 +62,11 @@ def fastattn_attention(
         dropout=dropout,
         position_bias=position_bias,
     )
+    _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:
         key, value = (x.materialize() if isinstance(x, Handle) else x for x in (key, value))
-        _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
         out = _dense_attention(query, key, value, attention_mask, options)
     return out, None
 
@@ -93,7 +92,11 @@ def _paged_attention(
             out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
         else:
             out = _attend_blocks(query, layer, step.positions, tables, options)
-    if _is_last_layer(module, layer):
+    current = cache.state.step
+    assert current is not None
+    if current.last_layer is None:
+        current.last_layer = _last_layer(module, layer)
+    if getattr(module, "layer_idx", layer.layer_idx) == current.last_layer:
         cache.state.commit()
     return out
 
@@ -125,10 +128,10 @@ def _dense_attention(
     if mask is not None and reason is None:
         if mask.dtype in (torch.int8, torch.uint8):
             key_mask = mask[:, 0, 0]
-            options = options if mask.dtype == torch.int8 else replace(options, causal=False)
+            options = options if mask.dtype == torch.int8 else options._replace(causal=False)
         elif mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and query.shape[2] == 1:
             key_mask = mask[:, 0, 0]  # one query: its row of the mask is key padding, the window included
-            options = replace(options, causal=False)
+            options = options._replace(causal=False)
         else:
             reason = f"a {mask.dtype} mask over queries and keys was given".replace("torch.", "")
     if reason is not None:
@@ -142,18 +145,17 @@ def _dense_attention(
     return ops.prefill_attention(query, key, value, key_mask=key_mask, **options.prefill())
 
 
-def _is_last_layer(module: nn.Module, layer: PagedLayer) -> bool:
-    """Whether a forward pass ends with this layer; the config says so at run time (early exit lowers its number)."""
+def _last_layer(module: nn.Module, layer: PagedLayer) -> int:
+    """Return the layer that a forward pass ends with, as the config says at run time (early exit lowers its number)."""
     config = getattr(module, "config", layer.cache.config)
-    num_layers = getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers)
-    return getattr(module, "layer_idx", layer.layer_idx) == num_layers - 1
+    return getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers) - 1
 
 
 def _refuse_packed_cache(module: nn.Module, position_ids: Any, mask: Tensor | None) -> None:
     """Raise if several sequences are packed into a row while a cache is filled: they would see each other."""
     if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_compiling():
         return
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] == 1:
         return
     if bool((position_ids.diff(dim=-1) < 0).any()):
         raise ValueError(

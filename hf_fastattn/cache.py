@@ -23,7 +23,7 @@ from . import ops
 from .block_pool import BlockPoolExhausted
 from .handles import Handle, NewStates
 from .model_config import last_caching_layer, layer_types, text_config
-from .paged_state import DeviceTables, PagedState, Step
+from .paged_state import DeviceTables, PagedState, Step, allocate_blocks, persistent
 
 IMPLEMENTATION = "fastattn"
 """Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
@@ -66,6 +66,7 @@ class PagedLayer(CacheLayerMixin):
         return self.cache.state.num_seqs or -1
 
     @torch.compiler.disable
+    @persistent
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the layer's blocks from the shapes of its first states."""
         state = self.cache.state
@@ -73,11 +74,10 @@ class PagedLayer(CacheLayerMixin):
             with self.cache.explain_exhaustion(key_states):
                 state.add_batch(key_states.shape[0], key_states.shape[2])
         state.on(key_states.device)
-        blocks, size = state.pool.num_blocks, state.block_size
-        self.k_cache = key_states.new_empty(blocks, size, key_states.shape[1], key_states.shape[3])
-        self.v_cache = value_states.new_empty(blocks, size, value_states.shape[1], value_states.shape[3])
-        for tensor in (self.k_cache, self.v_cache):
-            torch._dynamo.mark_static_address(tensor)
+        self.k_cache, self.v_cache = (
+            allocate_blocks(states, (state.pool.num_blocks, state.block_size, states.shape[1], states.shape[3]))
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -91,7 +91,7 @@ class PagedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         new = NewStates(self, key_states, value_states)
         step = self.cache.state.step
-        if self.cache.uses_handles or (step is not None and step.handles and self.layer_idx > step.first_layer):
+        if (step is not None and step.handles and self.layer_idx > step.first_layer) or self.cache.uses_handles:
             return Handle(new, 0), Handle(new, 1)
         return self.cache.store_dense(new, handles=False)
 
@@ -197,12 +197,15 @@ class PagedCache(Cache):
         """Write a layer's new states into its blocks."""
         assert layer.k_cache is not None and layer.v_cache is not None
         positions = None if step.positions is None else step.positions.to(new.k.device)
-        ops.store_kv(
-            new.k, new.v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions
-        )
+        with torch.no_grad():
+            ops.store_kv(
+                new.k, new.v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions
+            )
 
     def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
+
+        Gradients flow into the new states only: blocks cut them off.
 
         Args:
             new: a layer's new states.
@@ -219,6 +222,9 @@ class PagedCache(Cache):
         tables = self.state.on(new.k.device)
         self.store(layer, new, step, tables)
         dense = self.dense(layer, step)
+        if torch.is_grad_enabled() and (new.k.requires_grad or new.v.requires_grad):
+            past = slice(0, self.state.columns)
+            dense = torch.cat([dense[0][:, :, past], new.k], 2), torch.cat([dense[1][:, :, past], new.v], 2)
         if commit and layer.layer_idx == last_caching_layer(self.config):
             self.state.commit()
         return dense
@@ -275,7 +281,8 @@ class PagedCache(Cache):
         if not self.uses_handles:
             return self.columns() + query_length, 0
         state = self.state
-        if not torch.compiler.is_compiling() and state.behind and state.max_length is not None:
+        single = query_length == 1  # may be the first compiled step, which is not behind yet
+        if not torch.compiler.is_compiling() and (state.behind or single) and state.max_length is not None:
             state.unsynced += query_length
             if state.columns + state.unsynced > state.max_length:
                 state.sync()

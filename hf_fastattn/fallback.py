@@ -2,16 +2,14 @@
 
 import functools
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(NamedTuple):
     """What one layer asks of attention beside its tensors; see :func:`hf_fastattn.ops.prefill_attention`."""
 
     softmax_scale: float

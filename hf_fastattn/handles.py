@@ -56,6 +56,8 @@ class Handle:
     @property
     def shape(self) -> torch.Size:
         """Shape of the dense tensor; asking for it touches nothing."""
+        if self.new.dense is not None:  # the layer may have counted the new columns by now
+            return self.new.dense[self.side].shape
         num_seqs, num_heads, query_len, head_dim = self.states.shape
         return torch.Size((num_seqs, num_heads, self.new.layer.columns_with(query_len), head_dim))
 
@@ -129,5 +131,12 @@ for _name in (
     "matmul",
     "rmatmul",
     "neg",
+    "pow",
+    "rpow",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "len",
 ):
     setattr(Handle, f"__{_name}__", _operator(f"__{_name}__"))

@@ -6,9 +6,10 @@ host (for allocation) and on each device (for the kernels), and moves from one t
 a forward pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,21 @@ class Store(Protocol):
     v_cache: Tensor | None
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def persistent(make: Callable[P, T]) -> Callable[P, T]:
+    """Let a function make tensors that outlive a forward pass: none that only inference mode could write to."""
+
+    @functools.wraps(make)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return wrapped
+
+
 @dataclass
 class Step:
     """One forward pass over the cache.
@@ -36,6 +52,7 @@ class Step:
         positions: (num_seqs, query_len) int32, position of each new column in its sequence, -1 where it is not stored;
             None when every column is stored.
         mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
+        last_layer: the model's last layer, with which the pass ends; None until a layer has said so.
         handles: the masks of the pass were made for handles, so that all its layers have to be given some.
     """
 
@@ -48,6 +65,7 @@ class Step:
     seen: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns may be seen
     stored: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns are stored
     handles: bool = True
+    last_layer: int | None = None
 
 
 @dataclass
@@ -185,12 +203,13 @@ class PagedState:
 
     def sync(self) -> None:
         """Bring the host's counts up to the device's, after compiled steps."""
+        self.unsynced = 0
         if not self.behind:
             return
         tables = next(iter(self.devices.values()))
         self.columns = int(tables.columns)
         self.tables.lens = tables.past_lens.tolist()
-        self.behind, self.unsynced = False, 0
+        self.behind = False
 
     def crop(self, tokens: int) -> None:
         """Remove the last columns."""
@@ -224,7 +243,7 @@ class PagedState:
         self.stored = None if self.stored is None else self.stored[list(index)]
         for tables in self.devices.values():
             if tables.key_mask is not None:
-                tables.key_mask = tables.key_mask[torch.tensor(index, device=tables.key_mask.device)]
+                tables.key_mask = self._rows(tables.key_mask, index)
         self.refresh()
 
     def release(self) -> None:
@@ -393,10 +412,15 @@ class PagedState:
                 if cache is not None:
                     cache[target.to(cache.device)] = cache[source.to(cache.device)]
 
+    @persistent
+    def _rows(self, mask: Tensor, index: Sequence[int]) -> Tensor:
+        return mask[torch.tensor(index, device=mask.device)]
+
     def _table(self, width: int) -> Tensor:
         rows = [row + [-1] * (width - len(row)) for row in self.tables.rows]
         return torch.tensor(rows, dtype=torch.int32).view(self.num_seqs, width)
 
+    @persistent
     def _make_tables(self, device: torch.device) -> DeviceTables:
         longest = max(map(len, self.tables.rows), default=0)
         width = (
@@ -413,6 +437,7 @@ class PagedState:
             torch._dynamo.mark_static_address(tensor)
         return tables
 
+    @persistent
     def _fit_key_mask(self, old: Tensor | None, device: torch.device) -> Tensor:
         width = self.devices[device].block_table.shape[1] * self.block_size
         mask = torch.ones(self.num_seqs, width, dtype=torch.int8, device=device)
@@ -421,12 +446,27 @@ class PagedState:
         return mask
 
 
+@persistent
 def move_blocks(cache: Tensor, num_blocks: int, source: Tensor, target: Tensor) -> Tensor:
     """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
-    new = cache.new_empty(num_blocks, *cache.shape[1:])
+    new = allocate_blocks(cache, (num_blocks, *cache.shape[1:]))
     new[target.to(cache.device)] = cache[source.to(cache.device)]
-    torch._dynamo.mark_static_address(new)
     return new
+
+
+def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
+
+    In a CPU's memory all tokens of a head lie together, so that a run of blocks is contiguous per head; on other
+    devices a token's heads lie together.
+    """
+    num_blocks, block_size, num_heads, head_dim = shape
+    if like.device.type == "cpu":
+        blocks = like.new_empty(num_heads, num_blocks, block_size, head_dim).permute(1, 2, 0, 3)
+    else:
+        blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
+    torch._dynamo.mark_static_address(blocks)
+    return blocks
 
 
 def _extend(mask: Tensor | None, num_seqs: int, columns: int) -> Tensor:

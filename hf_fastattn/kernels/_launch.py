@@ -9,7 +9,7 @@ INTERPRETED_ARCH = 80
 """Architecture whose configs the interpreter runs (TRITON_INTERPRET=1, CPU tensors)."""
 
 KNOWN_ARCHS = (80, 90, 100)
-"""Architectures with configs of their own: A100, H100/H200, B200. Others take the nearest smaller one's, once warned."""
+"""Architectures with configs of their own: A100, H100/H200, B200. Others take the next smaller one's, warned once."""
 
 
 class Unsupported(ValueError):

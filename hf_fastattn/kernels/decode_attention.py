@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM, NO_WINDOW
 
 from ._launch import Unsupported, device_arch
+from ._loads import load_ahead
 from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
 
 if TYPE_CHECKING:
@@ -26,27 +27,6 @@ MAX_SPLITS = 128
 """Most programs that share the keys of one sequence and head: the combine holds a partial result of each at once."""
 
 _SPLIT_UNSPECIALIZED = ["window", "query_len", "max_len", "stride_mask_seq"]
-
-
-@triton.jit
-def _load_ahead(ptr, ASM: tl.constexpr):
-    """Load int32 or int8 values, as int32, on which the loads of K and V depend and which nothing writes meanwhile.
-
-    Behind a tl.load Triton 3.6 keeps one K/V tile in flight, behind assembly as many as there are stages. There is no
-    mask: the caller clamps the address.
-    """
-    if ASM:
-        if ptr.dtype.scalar.element_ty == tl.int32:
-            value = tl.inline_asm_elementwise(
-                "ld.global.nc.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            value = tl.inline_asm_elementwise(
-                "ld.global.nc.u8 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
-            )
-    else:
-        value = tl.load(ptr).to(tl.int32)
-    return value
 
 
 @triton.jit
@@ -175,7 +155,7 @@ def _split_kernel(
             known = tile * BLOCK_N if KV_BLOCK_SIZE >= BLOCK_N else key
             known = tl.maximum(tl.minimum(known, seq_len - 1), 0)
             id_ptr = block_table_ptr + known // KV_BLOCK_SIZE * stride_table_block
-            block = tl.maximum(_load_ahead(id_ptr, ASM), 0).to(tl.int64)
+            block = tl.maximum(load_ahead(id_ptr, ASM), 0).to(tl.int64)
             slot = key % KV_BLOCK_SIZE
         k_ptrs = k_ptr + block * stride_k_block + slot * stride_k_slot  # [BLOCK_N]
         v_ptrs = v_ptr + block * stride_v_block + slot * stride_v_slot
@@ -189,7 +169,7 @@ def _split_kernel(
             scores = tanh_from_log2(scores * scale_log2)
         if key_mask_ptr is not None:
             known = tl.maximum(tl.minimum(key, seq_len - 1), 0)
-            inside &= _load_ahead(key_mask_ptr + known * stride_mask_key, ASM) != 0
+            inside &= load_ahead(key_mask_ptr + known * stride_mask_key, ASM) != 0
         behind = position[:, None] - key[None, :]
         visible = (behind >= 0) & (behind < window) & inside[None, :]
         scores = tl.where(visible, scores, -float("inf"))

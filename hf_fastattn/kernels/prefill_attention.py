@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM
 
-from ._launch import device_arch
+from ._launch import Unsupported, device_arch
+from ._loads import load_ahead
 from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
 
 if TYPE_CHECKING:
@@ -27,28 +28,6 @@ FAR = tl.constexpr(2**30)
 
 MAX_TOKEN_STRIDE = 2**23
 """Offsets inside a tile of up to 128 tokens are int32; those of tiles, blocks and sequences are int64."""
-
-
-@triton.jit
-def _load_ahead(ptr, ASM: tl.constexpr):
-    """Load int32 or uint8 values, as int32, that other loads of the same loop iteration depend on.
-
-    With a tl.load in that place Triton 3.6 keeps a single K/V tile in flight; it does not look into inline PTX. The
-    load has no mask and the pipeline runs it for tiles past the last, so that the caller clamps the address. The
-    interpreter takes tl.load.
-    """
-    if ASM:
-        if ptr.dtype.scalar.element_ty == tl.int32:
-            value = tl.inline_asm_elementwise(
-                "ld.global.nc.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
-            )
-        else:
-            value = tl.inline_asm_elementwise(
-                "ld.global.nc.u8 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1
-            )
-    else:
-        value = tl.load(ptr).to(tl.int32)
-    return value
 
 
 @triton.jit
@@ -111,12 +90,12 @@ def _attend_tiles(
             v_ptrs = v_ptr + start.to(tl.int64) * stride_v_token + v_offs
         elif KV_BLOCK_SIZE >= BLOCK_N:  # one block holds the tile
             entry = tl.minimum(start // KV_BLOCK_SIZE, max_blocks - 1)
-            block = tl.maximum(_load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
+            block = tl.maximum(load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
             k_ptrs = k_ptr + (block * stride_k_block + start % KV_BLOCK_SIZE * stride_k_token) + k_offs
             v_ptrs = v_ptr + (block * stride_v_block + start % KV_BLOCK_SIZE * stride_v_token) + v_offs
         else:  # several blocks make up the tile
             entry = tl.minimum(keys // KV_BLOCK_SIZE, max_blocks - 1)
-            block = tl.maximum(_load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
+            block = tl.maximum(load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
             k_ptrs = k_ptr + (block * stride_k_block)[:, None] + k_offs
             v_ptrs = v_ptr + (block * stride_v_block)[:, None] + v_offs
 
@@ -126,7 +105,7 @@ def _attend_tiles(
         shown = in_range
         if key_mask_ptr is not None:
             column = tl.maximum(tl.minimum(keys, k_end - 1), 0)
-            shown &= _load_ahead(key_mask_ptr + column * stride_mask_token, ASM) != 0
+            shown &= load_ahead(key_mask_ptr + column * stride_mask_token, ASM) != 0
         k_mask = in_range[:, None]
         v_mask = shown[:, None]  # 0 * NaN is NaN: no value of a hidden key enters the product
         if HEAD_DIM != BLOCK_D:
@@ -494,11 +473,11 @@ def launch(
     """Run the kernel: :func:`hf_fastattn.ops.prefill_attention` by position; config replaces the table's choice.
 
     Raises:
-        ValueError: what :func:`supports` refuses.
+        Unsupported: what :func:`supports` refuses.
     """
     reason = supports(q, k, v, block_table, softmax_scale)
     if reason is not None:
-        raise ValueError(reason)
+        raise Unsupported(reason)
     num_seqs, num_heads, query_len, head_dim = q.shape
     v_head_dim = v.shape[3]
     paged = block_table is not None

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import Unsupported
+
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
@@ -111,14 +113,14 @@ def launch(
     """Run the kernel: :func:`hf_fastattn.ops.store_kv` by position. Allocates nothing, waits for nothing.
 
     Raises:
-        ValueError: a cache whose head dimension is not contiguous.
+        Unsupported: a cache whose head dimension is not contiguous.
     """
     num_seqs, num_kv_heads, query_len, head_dim = k.shape
     max_blocks = block_table.shape[1]
     if k.numel() + v.numel() == 0 or max_blocks == 0:
         return
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError(
+        raise Unsupported(
             "store_kv needs caches with a contiguous head dimension, got strides "
             f"{k_cache.stride()} and {v_cache.stride()}"
         )

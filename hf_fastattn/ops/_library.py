@@ -27,7 +27,7 @@ def has_triton() -> bool:
 def define_op(
     name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define ``hf_fastattn::<name>`` and return its overload packet.
+    """Define ``hf_fastattn::<name>`` and return a function that calls it.
 
     Args:
         name: also the name of the module in ``hf_fastattn.kernels`` whose ``launch`` runs on CUDA tensors.
@@ -40,7 +40,22 @@ def define_op(
         LIBRARY.impl(name, implementation, key)
     LIBRARY.impl(name, _kernel_or(name, implementation), "CUDA")
     torch.library.register_fake(f"hf_fastattn::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.hf_fastattn, name).default
+    op = getattr(torch.ops.hf_fastattn, name).default
+
+    def call(*args: Any) -> Any:
+        return implementation(*args) if _is_plain_cpu(args[0]) else op(*args)
+
+    return call
+
+
+def _is_plain_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the dispatcher would only go on to the CPU implementation: asking saves 6 to 24 us a call there."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@ copy, the query heads of one key head become rows of one tile (so that keys are 
 sliding window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
 """
 
-import itertools
 from typing import Any
 
 import torch
@@ -38,10 +37,11 @@ def attend_paged(
     if lens and max(lens) > limit:
         raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
-    if query_positions is None and lens and min(lens) == max(lens):
-        views = _batch_view(k_cache, block_table, lens[0]), _batch_view(v_cache, block_table, lens[0])
-        if views[0] is not None and views[1] is not None:
-            return attend_dense(q, views[0], views[1], key_mask, sinks, **options)
+    if query_positions is None and lens and min(lens) == max(lens) > 0:
+        run = _even_runs(block_table, -(-lens[0] // k_cache.shape[1]))
+        if run is not None and _is_flat(k_cache) and _is_flat(v_cache):
+            k, v = (_view_runs(cache, num_seqs, lens[0], *run) for cache in (k_cache, v_cache))
+            return attend_dense(q, k, v, key_mask, sinks, **options)
     out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])
     for row, seq_len in enumerate(lens):
         k, v = _row(k_cache, block_table[row], seq_len), _row(v_cache, block_table[row], seq_len)
@@ -173,35 +173,44 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
         if mask is not None and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, group, 1)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
+        if query_len == 1:
+            return out.reshape(num_seqs, 1, num_heads, v.shape[3])
         out = out.reshape(num_seqs, num_heads, query_len, v.shape[3])
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
     return out.transpose(1, 2).contiguous()
 
 
-def _batch_view(cache: Tensor, block_table: Tensor, seq_len: int) -> Tensor | None:
-    """View equally long sequences, each in one run, evenly spaced, as (num_seqs, heads, seq_len, dim); else None."""
-    num_seqs, block_size = block_table.shape[0], cache.shape[1]
-    num_blocks = -(-seq_len // block_size)
-    if num_blocks == 0 or cache.stride(0) != block_size * cache.stride(1):
+def _even_runs(block_table: Tensor, num_blocks: int) -> tuple[int, int] | None:
+    """Return (first block, distance) if the first blocks of each sequence are one run, evenly spaced; else None."""
+    rows = block_table[:, :num_blocks].tolist()
+    first = rows[0][0]
+    distance = rows[1][0] - first if len(rows) > 1 else 0
+    if first < 0 or distance < 0:
         return None
-    first = block_table[:, 0].tolist()
-    step = first[1] - first[0] if num_seqs > 1 else 0
-    if step < 0 or first[0] < 0 or any(b - a != step for a, b in itertools.pairwise(first)):
-        return None
-    if num_blocks > 1:
-        run = torch.arange(num_blocks, dtype=torch.int32, device=block_table.device)
-        if not torch.equal(block_table[:, :num_blocks], block_table[:, :1] + run):
+    for i, row in enumerate(rows):
+        start = first + i * distance
+        if row != list(range(start, start + num_blocks)):
             return None
+    return first, distance
+
+
+def _is_flat(cache: Tensor) -> bool:
+    """Whether the slots of consecutive blocks follow each other at one stride."""
+    return cache.stride(0) == cache.shape[1] * cache.stride(1)
+
+
+def _view_runs(cache: Tensor, num_seqs: int, seq_len: int, first: int, distance: int) -> Tensor:
+    """View sequences whose blocks are evenly spaced runs as (num_seqs, heads, seq_len, dim)."""
+    block, slot, head, dim = cache.stride()
     shape = (num_seqs, cache.shape[2], seq_len, cache.shape[3])
-    strides = (step * cache.stride(0), cache.stride(2), cache.stride(1), cache.stride(3))
-    return cache.as_strided(shape, strides, cache.storage_offset() + first[0] * cache.stride(0))
+    return cache.as_strided(shape, (distance * block, head, slot, dim), cache.storage_offset() + first * block)
 
 
 def _row(cache: Tensor, blocks: Tensor, seq_len: int) -> Tensor:
     """Return one sequence as (1, heads, seq_len, dim): a view where its blocks are one run, else a gathered copy."""
-    view = _batch_view(cache, blocks[None], seq_len)
-    if view is not None:
-        return view
-    ids = blocks[: -(-seq_len // cache.shape[1])].long()
-    return cache.index_select(0, ids).flatten(0, 1)[:seq_len].transpose(0, 1)[None]
+    num_blocks = -(-seq_len // cache.shape[1])
+    run = _even_runs(blocks[None], num_blocks) if num_blocks and _is_flat(cache) else None
+    if run is not None:
+        return _view_runs(cache, 1, seq_len, *run)
+    return cache.index_select(0, blocks[:num_blocks].long()).flatten(0, 1)[:seq_len].transpose(0, 1)[None]

