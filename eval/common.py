@@ -115,6 +115,17 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, *, layers: i
     return model.to(device).eval()
 
 
+def parse_cell(text: str) -> tuple[int, int]:
+    """Return batch and prompt length of a cell written as BATCHxPROMPT, or end with a sentence."""
+    try:
+        batch, prompt = map(int, text.split("x"))
+    except ValueError:
+        fail(f"a cell is BATCHxPROMPT, for example 4x4096; got {text!r}")
+    if batch < 1 or prompt < 1:
+        fail(f"a cell needs at least one sequence and one token, got {text!r}")
+    return batch, prompt
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device."""
     if device.type == "cuda":

@@ -224,12 +224,7 @@ def parse_cells(args: argparse.Namespace) -> list[Cell]:
     """Return the cells of the command line, or end with a sentence."""
     cells = []
     for text in args.cells:
-        try:
-            batch, prompt = map(int, text.split("x"))
-        except ValueError:
-            common.fail(f"a cell is BATCHxPROMPT, for example 4x4096; got {text!r}")
-        if batch < 1 or prompt < 1:
-            common.fail(f"a cell needs at least one sequence and one token, got {text!r}")
+        batch, prompt = common.parse_cell(text)
         cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding))
     return cells
 
