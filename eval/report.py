@@ -1,0 +1,203 @@
+"""Everything for one machine: run the measurements, draw them, and rewrite the README's tables from the result files.
+
+    python -m eval.report                     # this machine; at most --budget seconds (600)
+    python -m eval.report --render-only       # only pictures and README, from the committed files
+
+Result files go to eval/results/<device>-<date>/. A smaller budget picks fewer cells, never fewer checks. A measurement
+that fails or runs out of time is named at the end and does not stop the others; Ctrl-C keeps what is done.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import common
+
+README = common.ROOT / "README.md"
+BEGIN, END = "<!-- measured: written by python -m eval.report -->", "<!-- measured: end -->"
+COLORS = {"eager": "#999999", "sdpa": "#4477aa", "flex": "#66ccee", "fastattn": "#cc6677"}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One command of the report and its share of the budget."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    share: float
+
+
+def plan(device: torch.device, budget: float) -> list[Measurement]:
+    """Return what to measure on a device within a budget of seconds."""
+    short = budget < 300
+    if device.type == "cuda":
+        cells = ["1x128", "8x8192"] if short else ["1x128", "1x8192", "8x8192", "64x128", "8x32768"]
+        throughput = ("--model", "llama-3-8b", "--cells", *cells, "--new-tokens", "64", "--rounds", "3")
+        memory = ("--model", "qwen3-0.6b", "--cells", "4x1024")
+    else:
+        cells = ["1x512"] if short else ["1x512", "1x8192", "4x4096"]
+        combos = ("sdpa/dynamic", "fastattn/dynamic", "fastattn/paged")
+        size = ("--model", "llama-20m", "--layers", "4", "--threads", "2")
+        throughput = (*size, "--cells", *cells, "--new-tokens", "48", "--rounds", "5", "--combos", *combos)
+        memory = ("--model", "tiny", "--cells", "4x512", "--new-tokens", "64")
+    return [
+        Measurement("throughput", "eval.throughput", throughput, 0.55),
+        Measurement("perplexity", "eval.perplexity", ("--limit", "6000" if short else "20000"), 0.15),
+        Measurement("memory", "eval.memory", memory, 0.1),
+        Measurement("kernels", "eval.kernels", ("--budget", str(int(budget * 0.2))), 0.2),
+    ]
+
+
+def run(measurements: Sequence[Measurement], folder: Path, device: torch.device, budget: float) -> list[str]:
+    """Run each measurement in a process of its own; return a sentence per failure."""
+    failures = []
+    deadline = time.monotonic() + budget
+    for item in tqdm(measurements, desc="report", disable=None):
+        command = [sys.executable, "-m", item.module, *item.arguments, "--device", device.type]
+        left = deadline - time.monotonic()
+        if left <= 0:
+            failures.append(f"{item.name}: not started, the budget of {budget:.0f} s was spent")
+            continue
+        try:
+            done = subprocess.run(
+                [*command, "--out", str(folder / f"{item.name}.json")],
+                cwd=common.ROOT,
+                timeout=left,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            failures.append(f"{item.name}: stopped after {left:.0f} s; the cells that were done are kept")
+            continue
+        except KeyboardInterrupt:
+            failures.append(f"{item.name}: interrupted; what was done is kept")
+            break
+        if done.returncode:
+            last = (done.stderr or done.stdout).strip().splitlines()
+            failures.append(f"{item.name}: exit code {done.returncode}: {last[-1] if last else ''}")
+    return failures
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the result files of a folder by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def draw(folder: Path) -> None:
+    """Draw the decode speeds and the cache sizes of a folder's results beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = load(folder)
+    charts = {
+        "throughput": ("combo", "decode_tokens_per_s", "decode, tokens/s (higher is better)"),
+        "memory": ("cache", "reserved_mib", "KV cache reserved, MiB (lower is better)"),
+    }
+    for name, (series, value, title) in charts.items():
+        rows = [row for row in results.get(name, {}).get("rows", []) if isinstance(row.get(value), int | float)]
+        if not rows:
+            continue
+        cells, kinds = list(dict.fromkeys(r["cell"] for r in rows)), list(dict.fromkeys(r[series] for r in rows))
+        figure, axes = pyplot.subplots(1, len(cells), figsize=(1.6 + 2.2 * len(cells), 3.2), squeeze=False)
+        for axis, cell in zip(axes[0], cells, strict=True):
+            values = {row[series]: row[value] for row in rows if row["cell"] == cell}
+            bars = axis.bar(range(len(kinds)), [values.get(kind, 0) for kind in kinds])
+            for bar, kind in zip(bars, kinds, strict=True):
+                bar.set_color(COLORS.get(kind.split("/")[0], "#cc6677" if kind.startswith("Paged") else "#4477aa"))
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+            axis.set_title(cell, fontsize=9)
+            axis.set_xticks(range(len(kinds)), kinds, rotation=35, ha="right", fontsize=8)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(y=0.15)
+        figure.suptitle(f"{title}\n{results[name]['device']}, {results[name]['date']}", fontsize=9)
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        pyplot.close(figure)
+
+
+def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return throughput rows with their ratio to sdpa over DynamicCache, if that was measured on the same cell."""
+    base = {row["cell"]: row for row in rows if row["combo"] == "sdpa/dynamic"}
+    table = []
+    for row in rows:
+        other = base.get(row["cell"], {})
+        entry = {"prompts + new tokens": row["cell"], "implementation/cache": row["combo"], "status": row["status"]}
+        for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
+            entry[f"{name} tokens/s"] = row.get(key)
+            if row.get(key) and other.get(key):
+                entry[f"{name} vs sdpa"] = f"{row[key] / other[key]:.2f}x"
+        table.append(entry)
+    return table
+
+
+def render(folder: Path) -> str:
+    """Return the Markdown of one machine's results."""
+    results = load(folder)
+    lines = []
+    for name, result in results.items():
+        relative = (folder / f"{name}.json").relative_to(common.ROOT)
+        rows = speedups(result["rows"]) if name == "throughput" else result["rows"]
+        skip = {"first_token_s", "step_ms", "settings"}
+        columns = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in skip]
+        versions = ", ".join(f"{key} {result['versions'][key]}" for key in ("torch", "transformers", "triton"))
+        picture = folder / f"{name}.png"
+        lines += [f"**{name}**, {result['device']}, {versions}, {result['date']}: `{result['command']}`", ""]
+        lines += [common.table(rows[:24], columns), ""]
+        if len(rows) > 24:
+            lines += [f"{len(rows) - 24} more rows in [{relative}]({relative}).", ""]
+        if picture.exists():
+            lines += [f"![{name}]({picture.relative_to(common.ROOT)})", ""]
+    return "\n".join(lines)
+
+
+def rewrite_readme(folders: Sequence[Path]) -> None:
+    """Replace the part of the README between the markers by the results of these folders."""
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        common.fail(f"the README has no {BEGIN!r} and {END!r} to write between")
+    body = "\n".join(render(folder) for folder in folders)
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    README.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n\n{body}\n{END}", text, flags=re.DOTALL))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 1 if a measurement failed."""
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--only", nargs="+", default=None, help="names of measurements")
+    parser.add_argument("--render-only", action="store_true", help="measure nothing")
+    args = parser.parse_args(argv)
+    failures: list[str] = []
+    if not args.render_only:
+        device = common.pick_device(args.device)
+        slug = re.sub(r"[^a-z0-9]+", "-", common.device_name(device).split(",")[0].lower()).strip("-")
+        folder = common.RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}"
+        wanted = [item for item in plan(device, args.budget) if args.only is None or item.name in args.only]
+        failures = run(wanted, folder, device, args.budget)
+    folders = sorted(path for path in common.RESULTS.iterdir() if path.is_dir()) if common.RESULTS.exists() else []
+    for folder in folders:
+        draw(folder)
+    rewrite_readme(folders)
+    for failure in failures:
+        print(failure)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,334 @@
+"""The list of seeded faults, and which tests have to catch each."""
+
+from dataclasses import dataclass
+
+OPS = ("tests/test_ops.py", "-k", "not any_ and not compile and not registered")
+BLOCKS = ("tests/test_block_pool.py",)
+CACHE = ("tests/test_paged_cache.py", "-k", "not compiled and not export")
+MACHINE = ("tests/test_cache_machine.py", "-m", "not slow")
+DECODE_KERNEL = (
+    "tests/interpret/test_decode_attention.py",
+    "-k",
+    "several_queries or ragged or share_keys or test_window or test_key_mask or nan_in or stride",
+)
+PREFILL_KERNEL = (
+    "tests/interpret/test_prefill_attention.py",
+    "-k",
+    "boundaries or test_window or sinks or positions or paged_everything or strides",
+)
+STORE_KERNEL = ("tests/interpret/test_store_kv.py",)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake.
+
+    Attributes:
+        name: what is wrong.
+        file: the file it is made in.
+        old, new: the text that is replaced, which occurs once in the file, and by what.
+        tests: pytest arguments of the tests that must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the tests run Triton kernels, in Triton's interpreter."""
+        return self.file.startswith("hf_fastattn/kernels/")
+
+
+def _in(file: str, tests: tuple[str, ...], *faults: tuple[str, str, str]) -> list[Fault]:
+    return [Fault(name, f"hf_fastattn/{file}", old, new, tests) for name, old, new in faults]
+
+
+FAULTS = [
+    *_in(
+        "ops/_torch.py",
+        OPS,
+        (
+            "top-left causal",
+            "positions = torch.arange(seq_len - query_len, seq_len, device=q.device) if",
+            "positions = torch.arange(query_len, device=q.device) if",
+        ),
+        ("window one too wide", "(columns > rows[:, None] - window)", "(columns >= rows[:, None] - window)"),
+        (
+            "window of one query one too narrow",
+            "k, v = k[:, :, -window:], v[:, :, -window:]",
+            "k, v = k[:, :, 1 - window :], v[:, :, 1 - window :]",
+        ),
+        ("key mask dropped", "key_mask = key_mask[:, :seq_len]", "key_mask = torch.ones_like(key_mask[:, :seq_len])"),
+        ("key mask not cut with the window", "else key_mask[:, -window:]", "else key_mask[:, :window]"),
+        (
+            "key mask not cut with the tile",
+            "keys = key_mask[:, None, first:last].bool()",
+            "keys = key_mask[:, None, : k[:, :, first:last].shape[2]].bool()",
+        ),
+        ("softcap dropped", "        scores = torch.tanh(scores / softcap) * softcap\n", "        pass\n"),
+        ("sinks dropped", "        total = total + torch.exp(logits - peak)\n", "        pass\n"),
+        (
+            "rows without a key divide by zero",
+            "weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)",
+            "weights = weights / total",
+        ),
+        (
+            "wrong key head",
+            "packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)",
+            "packed = q.roll(1, 1).reshape(num_seqs, num_kv_heads, group * query_len, head_dim)",
+        ),
+        (
+            "mask of packed queries in the wrong order",
+            "mask = mask.repeat(1, 1, group, 1)",
+            "mask = mask.repeat_interleave(group, 2)",
+        ),
+        ("any blocks taken for a run", "if row != list(range(start, start + num_blocks)):", "if row[0] != start:"),
+        (
+            "distance of the sequences ignored",
+            "(distance * block, head, slot, dim), cache",
+            "(0, head, slot, dim), cache",
+        ),
+        ("block padding read as a block", "blocks[:num_blocks].long()", "blocks[:num_blocks].long().clamp(min=0)"),
+        (
+            "length beyond the table accepted",
+            "if lens and max(lens) > limit:",
+            "if lens and max(lens) > limit and False:",
+        ),
+        ("query positions as if without gaps", "if causal and last - int(positions[real[0]]) == count:", "if causal:"),
+    ),
+    *_in(
+        "ops/store_kv.py",
+        OPS,
+        (
+            "stored one slot too late",
+            "slots = blocks * block_size + positions % block_size",
+            "slots = blocks * block_size + (positions + 1) % block_size",
+        ),
+        (
+            "values stored as keys",
+            "    _write(v_cache, slots.long(), new_v)\n",
+            "    _write(v_cache, slots.long(), new_k)\n",
+        ),
+        (
+            "padding stored",
+            "        stored = positions >= 0\n",
+            "        stored = torch.ones_like(positions, dtype=torch.bool)\n",
+        ),
+        ("missing block not noticed", "if blocks.numel() and int(blocks.min()) < 0:", "if False:"),
+        (
+            "position beyond the table clamped",
+            "if int(index.max()) >= block_table.shape[1]:",
+            "index = index.clamp(max=block_table.shape[1] - 1)\n    if False:",
+        ),
+    ),
+    *_in(
+        "block_pool.py",
+        BLOCKS,
+        (
+            "free forgets a block",
+            "            if self._owners[block] == 0:\n                self._add_run",
+            "            if self._owners[block] == 0 and block % 7 != 6:\n                self._add_run",
+        ),
+        ("sharing counts nothing", "            self._owners[block] += 1\n", "            pass\n"),
+        ("runs are not merged", "if index and sum(self._runs[index - 1]) == start:", "if False:"),
+        ("no copy on write", "                    copies.append((row[i], block))\n", "                    pass\n"),
+        (
+            "tails stay shared",
+            "                if self.pool.num_owners(row[i]) == 1:\n",
+            "                if self.pool.num_owners(row[i]) >= 1:\n",
+        ),
+        (
+            "old rows are not freed when selecting",
+            "            self.pool.free(row)\n        self.rows, self.lens = rows, lens\n",
+            "            pass\n        self.rows, self.lens = rows, lens\n",
+        ),
+        (
+            "room for private tails not checked",
+            "        if wanted > free:\n            raise BlockPoolExhausted(wanted, free",
+            "        if False:\n            raise BlockPoolExhausted(wanted, free",
+        ),
+        ("a reservation takes what there is", "        if missing > self.pool.num_free:\n", "        if False:\n"),
+    ),
+    *_in(
+        "paged_state.py",
+        CACHE,
+        (
+            "commit at the beginning",
+            "        self.step = step\n        return step\n\n    def begin_compiled",
+            "        self.step, self.tables.lens = step, step.lens\n        return step\n\n    def begin_compiled",
+        ),
+        ("commit forgets the lengths", "            tables.past_lens.copy_(tables.seq_lens)\n", "            pass\n"),
+        (
+            "stale seq_lens",
+            "torch.add(tables.past_lens, step.query_len, out=tables.seq_lens)",
+            "tables.seq_lens.copy_(tables.past_lens)",
+        ),
+        (
+            "crop one token too few",
+            "columns = max(self.columns - tokens, 0)",
+            "columns = max(self.columns - tokens + 1, 0)",
+        ),
+        (
+            "crop forgets hidden columns",
+            "lens = (stored.sum(1) + columns - stored.shape[1]).tolist()",
+            "lens = [min(n, columns) for n in self.tables.lens]",
+        ),
+        (
+            "copies are not made",
+            "                    cache[target.to(cache.device)] = cache[source.to(cache.device)]\n",
+            "                    pass\n",
+        ),
+        (
+            "selection forgets the key mask",
+            "                tables.key_mask = self._rows(tables.key_mask, index)\n",
+            "                pass\n",
+        ),
+        (
+            "padding stored",
+            "positions = torch.where(stored, past[:, None] + stored.cumsum(1) - 1, -1)",
+            "positions = (past[:, None] + torch.arange(step.query_len))",
+        ),
+        ("holes compacted under a window", "stored = new if not self.keep_hidden else", "stored = new if True else"),
+        (
+            "hidden columns of a window seen",
+            "seen = None if step.positions is None or step.mask is None else",
+            "seen = None if True else",
+        ),
+        (
+            "a changed mask goes unnoticed",
+            "if mask_known and step.query_len > 1 and not torch.equal(before, old):",
+            "if False:",
+        ),
+        (
+            "growth forgets to move the blocks",
+            "    new[target.to(cache.device)] = cache[source.to(cache.device)]\n",
+            "    pass\n",
+        ),
+        (
+            "pool never grows for a crop",
+            "            self.resize(self.pool.num_blocks + full.wanted)\n",
+            "            raise\n",
+        ),
+        ("a failed first pass fixes the batch", "if self.columns == 0 and num_seqs != self.num_seqs:", "if False:"),
+        ("commit loses the mask", "self.seen, self.stored = step.seen, step.stored", "pass"),
+        ("max_length not enforced", "if self.max_length is not None and max(lens) > self.max_length:", "if False:"),
+    ),
+    *_in(
+        "cache.py",
+        CACHE,
+        ("reorder does nothing", "        self._select(beam_idx.tolist())\n", "        pass\n"),
+        (
+            "repeat in the wrong order",
+            "for i in range(self.state.num_seqs) for _ in range(repeats)]",
+            "for _ in range(repeats) for i in range(self.state.num_seqs)]",
+        ),
+        ("reset keeps the blocks", "        self.state.release()\n        self.made_dense", "        self.made_dense"),
+        ("deepcopy copies the config", "        memo[id(self.config)] = self.config  #", "        #"),
+        (
+            "a failed forward pass goes on",
+            "if step is None or layer.layer_idx <= step.first_layer:\n            if torch",
+            "if step is None:\n            if torch",
+        ),
+        (
+            "dense columns out of order",
+            "positions = (stored.cumsum(1) - 1).clamp(min=0)",
+            "positions = torch.arange(columns, device=device).expand_as(stored)",
+        ),
+        (
+            "gradients lost in the blocks",
+            "if torch.is_grad_enabled() and (new.k.requires_grad or new.v.requires_grad):",
+            "if False:",
+        ),
+    ),
+    *_in(
+        "attention.py",
+        CACHE,
+        (
+            "scale 3% too large",
+            "softmax_scale=scaling if scaling is not None else",
+            "softmax_scale=1.03 * scaling if scaling is not None else",
+        ),
+        ("key mask ignored over blocks", '        "key_mask": tables.key_mask,\n', '        "key_mask": None,\n'),
+        ("old keys ignored", "        if step.fresh:\n", "        if True:\n"),
+        ("query positions ignored", "query_positions=positions, **blocks", "query_positions=None, **blocks"),
+        (
+            "padding columns seen when a cache turns dense",
+            "            mask = cache.column_mask()\n",
+            "            pass\n",
+        ),
+        ("window dropped", "window=sliding_window or ops.NO_WINDOW,", "window=ops.NO_WINDOW,"),
+    ),
+    *_in(
+        "masks.py",
+        CACHE,
+        (
+            "padding mask dropped",
+            "            return None if attention_mask is None else _key_padding(attention_mask)\n",
+            "            return None\n",
+        ),
+    ),
+    *_in(
+        "kernels/decode_attention.py",
+        DECODE_KERNEL,
+        ("kernel: window one too wide", "(behind < window)", "(behind <= window)"),
+        ("kernel: top-left causal", "position = seq_len - query_len + query", "position = query"),
+        (
+            "kernel: key mask dropped",
+            "inside &= load_ahead(key_mask_ptr + known * stride_mask_key, ASM) != 0",
+            "inside &= known >= 0",
+        ),
+        (
+            "kernel: K addressed with V's strides",
+            "k_ptrs = k_ptr + block * stride_k_block",
+            "k_ptrs = k_ptr + block * stride_v_block",
+        ),
+        ("kernel: wrong slot", "slot = key % KV_BLOCK_SIZE", "slot = (key + 1) % KV_BLOCK_SIZE"),
+        ("kernel: hidden values read", "v_mask = inside[:, None]", "v_mask = (key < seq_len)[:, None]"),
+        (
+            "kernel: splits joined without their maxima",
+            "weight = tl.math.exp2(m_part - m_i)",
+            "weight = tl.math.exp2(m_part - m_part)",
+        ),
+        (
+            "kernel: unwritten splits read",
+            "written = (splits < num_splits) & (first < last)",
+            "written = splits < num_splits",
+        ),
+        (
+            "kernel: wrong key head",
+            "k_ptr += kv_head.to(tl.int64) * stride_k_head",
+            "k_ptr += (num_kv_heads - 1 - kv_head).to(tl.int64) * stride_k_head",
+        ),
+    ),
+    *_in(
+        "kernels/prefill_attention.py",
+        PREFILL_KERNEL,
+        (
+            "kernel: window one too wide (prefill)",
+            "(keys[None, :] > query_pos[:, None] - window)",
+            "(keys[None, :] >= query_pos[:, None] - window)",
+        ),
+        (
+            "kernel: top-left causal (prefill)",
+            "        first_pos = seq_len - query_len + first_row\n",
+            "        first_pos = first_row\n",
+        ),
+        (
+            "kernel: a tile too many without a mask",
+            "all_end = tl.maximum(tl.minimum(seq_len, first_pos + 1), 0)",
+            "all_end = tl.maximum(tl.minimum(seq_len, first_pos + BLOCK_N), 0)",
+        ),
+        ("kernel: padding queries get something", "out = tl.where((query_pos >= 0)[:, None], out, 0.0)", "out += 1.0"),
+        ("kernel: sinks left out of the sum", "        l_i += 1.0\n", "        l_i += 0.0\n"),
+    ),
+    *_in(
+        "kernels/store_kv.py",
+        STORE_KERNEL,
+        ("kernel: missing block stored to", "    stored &= block >= 0\n", "    block = tl.maximum(block, 0)\n"),
+        ("kernel: beyond the table", "& (entry < max_blocks)", "& (entry < max_blocks + 1)"),
+        ("kernel: wrong slot (store)", "slot = (position % KV_BLOCK_SIZE)", "slot = ((position + 1) % KV_BLOCK_SIZE)"),
+    ),
+]
