@@ -71,8 +71,8 @@ def _torch_store_kv(
     if num_seqs == 0 or query_len == 0:
         return
     block_size = k_cache.shape[1]
-    if query_len == 1 and positions is None and num_seqs <= 4:
-        _store_few(k, v, k_cache, v_cache, block_table, past_lens.tolist())
+    if query_len == 1 and positions is None:
+        _store_one_each(k, v, k_cache, v_cache, block_table, past_lens.tolist())
         return
     if positions is None:
         positions = past_lens[:, None] + torch.arange(query_len, dtype=torch.int32, device=k.device)
@@ -97,19 +97,32 @@ def _torch_store_kv(
     _write(v_cache, slots.long(), new_v)
 
 
-def _store_few(
+def _store_one_each(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, past_lens: list[int]
 ) -> None:
-    """Store one token each of a few sequences, a third of the time that index operations take."""
+    """Store one token of each sequence (a decode step), with the slots computed by Python: small tensors are slower.
+
+    For up to three sequences, plain assignment is faster still (a third of the time for one).
+    """
     block_size = k_cache.shape[1]
-    for seq, past in enumerate(past_lens):
-        if past >= block_table.shape[1] * block_size:
-            raise _beyond_table(past, block_table, block_size)
-        block = int(block_table[seq, past // block_size])
-        if block < 0:
-            raise IndexError(_NO_BLOCK)
-        k_cache[block, past % block_size] = k[seq, :, 0]
-        v_cache[block, past % block_size] = v[seq, :, 0]
+    if max(past_lens) >= block_table.shape[1] * block_size:
+        raise _beyond_table(max(past_lens), block_table, block_size)
+    if len(past_lens) <= 3:
+        for seq, past in enumerate(past_lens):
+            block = int(block_table[seq, past // block_size])
+            if block < 0:
+                raise IndexError(_NO_BLOCK)
+            k_cache[block, past % block_size] = k[seq, :, 0]
+            v_cache[block, past % block_size] = v[seq, :, 0]
+        return
+    index = torch.tensor([[past // block_size] for past in past_lens], device=block_table.device)
+    blocks = block_table.gather(1, index).flatten().tolist()
+    if min(blocks) < 0:
+        raise IndexError(_NO_BLOCK)
+    slots = [block * block_size + past % block_size for block, past in zip(blocks, past_lens, strict=True)]
+    target = torch.tensor(slots, device=k_cache.device)
+    _write(k_cache, target, k[:, :, 0])
+    _write(v_cache, target, v[:, :, 0])
 
 
 _NO_BLOCK = "a token's position has no block in the block table (-1)"
