@@ -482,6 +482,11 @@ def change(**tensors):
         (change(block_table=lambda t: t[:1]), ValueError, r"expected block_table \(2, max_blocks\) .* got \(1, 4\)"),
         (change(block_table=lambda t: t.long()), TypeError, "must be int32, got torch.int64 and torch.int32"),
         (change(seq_lens=lambda n: n.long()), TypeError, "must be int32, got torch.int32 and torch.int64"),
+        (
+            change(key_mask=lambda _: torch.ones(1, 64, dtype=torch.int8)),
+            ValueError,
+            r"expected key_mask \(2, at least 64 keys\), got \(1, 64\)",
+        ),
     ],
 )
 def test_attention_arguments_that_do_not_belong_together(name, spoil, error, message):
@@ -501,6 +506,20 @@ def test_dense_batches_must_agree():
 def test_decode_takes_few_queries():
     with pytest.raises(ValueError, match="at most 32 queries per sequence, got 33: use prefill_attention"):
         Call(query_len=33).run(ops, "decode_attention")
+
+
+def test_a_key_mask_covers_all_dense_keys():
+    call = Call((5, 5), block_size=None)
+    call.key_mask = torch.ones(2, 4, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"expected key_mask \(2, at least 5 keys\), got \(2, 4\)"):
+        call.run(ops, "decode_attention")
+
+
+def test_every_query_has_a_position():
+    call = Call((5, 5))
+    call.query_positions = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected query_positions \(2, 1\), got \(2, 3\)"):
+        call.run(ops, "prefill_attention")
 
 
 def test_query_positions_are_for_blocks():

@@ -55,7 +55,7 @@ def decode_attention(
     Oracle: :func:`hf_fastattn.reference.decode_attention`; tests: tests/test_ops.py,
     tests/interpret/test_decode_attention.py.
     """
-    check_attention(q, k, v, block_table, seq_lens, sinks)
+    check_attention(q, k, v, block_table, seq_lens, key_mask, sinks)
     if q.shape[2] > MAX_DECODE_QUERY_LEN:
         raise ValueError(
             f"decode_attention takes at most {MAX_DECODE_QUERY_LEN} queries per sequence, got {q.shape[2]}: "

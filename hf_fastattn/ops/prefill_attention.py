@@ -60,9 +60,11 @@ def prefill_attention(
     Oracle: :func:`hf_fastattn.reference.prefill_attention`; tests: tests/test_ops.py,
     tests/interpret/test_prefill_attention.py.
     """
-    check_attention(q, k, v, block_table, seq_lens, sinks)
+    check_attention(q, k, v, block_table, seq_lens, key_mask, sinks)
     if query_positions is not None and block_table is None:
         raise ValueError("query_positions needs a block_table: dense keys are aligned with the last query")
+    if query_positions is not None and query_positions.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"expected query_positions {(q.shape[0], q.shape[2])}, got {tuple(query_positions.shape)}")
     return _OP(q, k, v, block_table, seq_lens, query_positions, key_mask, sinks, softmax_scale, causal, window, softcap)
 
 

@@ -16,7 +16,13 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None, seq_lens: Tensor | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     """Raise ValueError if the shapes of an attention call do not belong together (O(1), no device access)."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
@@ -43,3 +49,7 @@ def check_attention(
             raise TypeError(f"block_table and seq_lens must be int32, got {block_table.dtype} and {seq_lens.dtype}")
     elif k.shape[0] != q.shape[0]:
         raise ValueError(f"q has batch size {q.shape[0]}, k has {k.shape[0]}")
+    if key_mask is not None:
+        keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
+        if key_mask.dim() != 2 or key_mask.shape[0] != q.shape[0] or (block_table is None and key_mask.shape[1] < keys):
+            raise ValueError(f"expected key_mask ({q.shape[0]}, at least {keys} keys), got {tuple(key_mask.shape)}")
