@@ -55,14 +55,11 @@ def read_dataset(name: str) -> str:
 
 def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield (begin, end, first counted token): every token but the text's first is counted exactly once."""
-    counted = 1
-    for begin in range(0, num_tokens, stride):
-        end = min(begin + window, num_tokens)
-        if end > counted:
-            yield begin, end, counted
-            counted = end
-        if end == num_tokens:
-            return
+    step = min(stride, window - 1)  # a counted token needs at least one before it
+    first, end = 1, min(window, num_tokens)
+    while first < num_tokens:
+        yield max(end - window, 0), end, first
+        first, end = end, min(end + step, num_tokens)
 
 
 def window_nll(logits: Tensor, targets: Tensor) -> float:
@@ -136,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--out", type=Path, default=None, help="result file (JSON)")
     args = parser.parse_args(argv)
-    if not 0 < args.stride <= args.window:
-        common.fail(f"the stride must be between 1 and the window ({args.window}), got {args.stride}")
+    if args.window < 2 or not 0 < args.stride <= args.window:
+        common.fail(f"expected a window of at least 2 and a stride up to it, got {args.window} and {args.stride}")
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(args.dtype, device)
     model = common.load_model(args.model, device, dtype)

@@ -1,0 +1,153 @@
+"""The measurements measure: known times, wrong implementations found, every token counted once."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from eval import common, memory, perplexity, report, throughput
+from hf_fastattn.attention import fastattn_attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    exact = LlamaForCausalLM(config).eval()
+    exact.load_state_dict(model.state_dict())
+    return model, exact.double()
+
+
+def test_a_sleep_is_measured_right():
+    assert common.seconds(lambda: time.sleep(0.05), CPU) == pytest.approx(0.05, abs=0.02)
+
+
+def test_cases_alternate_and_warm_up_is_left_out():
+    calls = []
+    results = common.alternate(
+        {"a": lambda: calls.append("a") or len(calls), "b": lambda: calls.append("b") or len(calls)}, rounds=2, warmup=1
+    )
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert results == {"a": [4, 5], "b": [3, 6]}
+
+
+@pytest.mark.parametrize("padding", [0.0, 0.3])
+def test_right_combinations_pass_the_check_and_are_timed(models, padding):
+    cell = throughput.Cell(2, 12, 4, padding=padding)
+    combos = ["eager/dynamic", "sdpa/static", "fastattn/dynamic", "fastattn/paged"]
+    rows = throughput.measure_cell(*models, combos, cell, rounds=1)
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert all(row["decode_tokens_per_s"] > 0 and row["first_difference"] is None for row in rows)
+
+
+def test_a_wrong_implementation_is_flagged_and_not_timed(models, monkeypatch):
+    def scaled_wrong(module, query, *args, scaling=None, **kwargs):
+        return fastattn_attention(module, query, *args, scaling=scaling * 1.03, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "fastattn", scaled_wrong)
+    rows = throughput.measure_cell(*models, ["sdpa/dynamic", "fastattn/paged"], throughput.Cell(1, 12, 4), rounds=1)
+    assert [row["status"] for row in rows] == ["ok", "WRONG"]
+    assert "decode_tokens_per_s" not in rows[1]
+
+
+def test_a_failing_combination_is_a_row(models):
+    def fails(*args):
+        raise RuntimeError("no such kernel")
+
+    rows = throughput.measure_cell(*models, ["sdpa/dynamic"], throughput.Cell(1, 8, 3), rounds=1, checker=fails)
+    assert rows[0]["status"] == "failed: RuntimeError: no such kernel"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"), [(100, 16, 8), (100, 16, 16), (7, 16, 4), (33, 32, 1), (2, 2, 2)]
+)
+def test_every_token_but_the_first_is_counted_once(tokens, window, stride):
+    counted = [i for _, end, first in perplexity.windows(tokens, window, stride) for i in range(first, end)]
+    assert counted == list(range(1, tokens))
+    assert all(
+        begin < first and end - begin <= window for begin, end, first in perplexity.windows(tokens, window, stride)
+    )
+
+
+def test_perplexity_of_both_paths_is_the_models(models):
+    model = models[0]
+    ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:]).exp().item()
+    model.set_attn_implementation("fastattn")
+    assert perplexity.by_window(model, ids, 64, 32, "") == pytest.approx(expected, rel=1e-5)
+    assert perplexity.by_token(model, ids, 64, 32, "") == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_counts_padding_as_waste(models):
+    model = models[0]
+    cell = throughput.Cell(2, 32, 4, padding=0.25)
+    dynamic, paged = (memory.measure(model, name, cell) for name in ("DynamicCache", "PagedCache"))
+    held = int(throughput.make_inputs(model, cell)["attention_mask"].sum()) + 2 * 3
+    assert dynamic["sequence_tokens"] == paged["sequence_tokens"] == held < 2 * 35
+    assert dynamic["reserved_mib"] * 2**20 == common.kv_bytes(model.config, 2 * 35, torch.float32)
+    assert dynamic["waste"] == f"{1 - held / 70:.1%}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--cells", "4by8"], "a cell is BATCHxPROMPT"),
+        (["--dtype", "float99"], "no floating-point dtype"),
+        (["--new-tokens", "1"], "at least 2 new tokens"),
+        (["--model", "/no/such/folder"], "cannot load the model"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        throughput.main(argv)
+
+
+def test_a_missing_gpu_and_an_unreadable_text_are_sentences(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="sees no GPU"):
+            throughput.main(["--device", "cuda"])
+    text = tmp_path / "text"
+    text.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(SystemExit, match="cannot read"):
+        perplexity.main(["--text", str(text)])
+
+
+def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
+    rows = [
+        {"cell": "1x8+4", "combo": combo, "status": "ok", "prefill_tokens_per_s": 10.0, "decode_tokens_per_s": speed}
+        for combo, speed in (("sdpa/dynamic", 20.0), ("fastattn/paged", 30.0))
+    ]
+    folder = tmp_path / "results" / "machine"
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    common.write_result(folder / "throughput.json", "throughput", CPU, {}, rows)
+    assert {"device", "versions", "commit", "date", "command"} <= json.loads(
+        (folder / "throughput.json").read_text()
+    ).keys()
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.draw(folder)
+    report.rewrite_readme([folder])
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "1.50x" in text
+    assert "old" not in text
+    assert (folder / "throughput.png").stat().st_size > 1000
