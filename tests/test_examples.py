@@ -1,0 +1,93 @@
+"""Every example runs as its docstring says, and what it shows is so."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+pytestmark = pytest.mark.slow  # most of it importing PyTorch and transformers once for each
+
+
+def run(name: str, *arguments: str, stdin: str = "", code: int = 0) -> str:
+    """Return an example's output, or its error output where it is to fail."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
+    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    return done.stderr if code else done.stdout
+
+
+def numbers(pattern: str, output: str) -> list[int]:
+    found = re.search(pattern, output)
+    assert found, output
+    return [int(number) for number in found.groups()]
+
+
+def test_quickstart_gets_the_same_tokens() -> None:
+    assert "same tokens: yes" in run("quickstart", "--max-new-tokens", "8")
+
+
+def test_chat_computes_new_tokens_only() -> None:
+    output = run("chat", "--max-new-tokens", "6")
+    computed, without = numbers(r"prompt tokens computed: (\d+); without a cache between turns: (\d+)", output)
+    assert 0 < computed < without / 2
+    assert "same replies with a fresh cache at every turn: yes" in output
+
+
+def test_chat_reads_turns() -> None:
+    output = run("chat", "--interactive", "--max-new-tokens", "4", stdin="import os\ndef f(x\n\n")
+    kept, new = numbers(r"turn 2: (\d+) tokens in the cache, (\d+) new ones", output)
+    assert kept > 0
+    assert new > 0
+    assert "turn 3" not in output
+
+
+def test_batch_stores_no_padding() -> None:
+    output = run("batch_generation", "--max-new-tokens", "6")
+    stored, columns = numbers(r"tokens stored: (\d+) of (\d+) columns", output)
+    in_use, padded = numbers(r"blocks in use: (\d+); with padding stored they would be (\d+)", output)
+    assert 0 < stored < columns
+    assert in_use < padded
+    assert "same text one prompt at a time: yes" in output
+
+
+def test_beams_share_blocks() -> None:
+    output = run("beam_search", "--max-new-tokens", "12")
+    (separate,) = numbers(r"blocks as separate copies: +(\d+)", output)
+    (in_use,) = numbers(r"blocks in use: +(\d+)", output)
+    assert in_use < separate / 2
+    (ours,) = numbers(r"tokens copied by them: +(\d+)", output)
+    (dense,) = numbers(r"tokens a dense cache copies: +(\d+)", output)
+    assert ours < dense / 4
+    assert "same text as with transformers' default cache: yes" in output
+
+
+def test_window_is_applied() -> None:
+    output = run("sliding_window", "--length", "60", "--window", "12")
+
+    def value(label: str) -> float:
+        return float(re.search(rf"{label}: +(\S+)", output)[1])
+
+    limit = 2e-5 * value("largest logit")
+    assert value("largest difference of fastattn's prefill to eager") < limit
+    assert value("largest difference of fastattn's decoding to eager") < limit
+    assert value("for comparison, seeing half a window instead") > 100 * limit
+
+
+def test_lm_eval_generates_over_a_paged_cache() -> None:
+    pytest.importorskip("lm_eval")
+    output = run("lm_eval_fastattn", "--tasks", "py_complete_line", "--limit", "8")
+    assert "|py_complete_line|" in output
+    assert numbers(r"batches generated over a PagedCache: (\d+)", output) == [1]
+
+
+def test_unknown_model_gets_a_sentence() -> None:
+    errors = run("batch_generation", "--model", "no/such-model", code=1)
+    assert "cannot load the model 'no/such-model'" in errors
+    assert "Traceback" not in errors
