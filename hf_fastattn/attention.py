@@ -106,16 +106,25 @@ def _attend_blocks(
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
     assert layer.k_cache is not None and layer.v_cache is not None
-    blocks: dict[str, Any] = {
-        "block_table": tables.block_table,
-        "seq_lens": tables.seq_lens,
-        "key_mask": tables.key_mask,
-    }
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
-        return ops.decode_attention(query, layer.k_cache, layer.v_cache, **blocks, **options.decode())
-    positions = None if positions is None else positions.to(query.device)
+        return ops.decode_attention(
+            query,
+            layer.k_cache,
+            layer.v_cache,
+            block_table=tables.block_table,
+            seq_lens=tables.seq_lens,
+            key_mask=tables.key_mask,
+            **options.decode(),
+        )
     return ops.prefill_attention(
-        query, layer.k_cache, layer.v_cache, query_positions=positions, **blocks, **options.prefill()
+        query,
+        layer.k_cache,
+        layer.v_cache,
+        block_table=tables.block_table,
+        seq_lens=tables.seq_lens,
+        key_mask=tables.key_mask,
+        query_positions=None if positions is None else positions.to(query.device),
+        **options.prefill(),
     )
 
 

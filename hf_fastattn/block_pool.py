@@ -180,6 +180,9 @@ class BlockTables:
         missing = self.missing(capacities)
         if missing > self.pool.num_free:
             raise BlockPoolExhausted(missing, self.pool.num_free, self.pool.num_blocks)
+        if not any(self.rows):  # the first tokens of a batch: place its sequences apart
+            self.rows = self.pool.allocate_rows([self.blocks_for(tokens) for tokens in capacities])
+            return missing > 0
         for row, tokens in zip(self.rows, capacities, strict=True):
             count = self.blocks_for(tokens) - len(row)
             if count > 0:

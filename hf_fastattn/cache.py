@@ -197,10 +197,8 @@ class PagedCache(Cache):
         """Write a layer's new states into its blocks."""
         assert layer.k_cache is not None and layer.v_cache is not None
         positions = None if step.positions is None else step.positions.to(new.k.device)
-        with torch.no_grad():
-            ops.store_kv(
-                new.k, new.v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions
-            )
+        k, v = (new.k.detach(), new.v.detach()) if torch.is_grad_enabled() else (new.k, new.v)
+        ops.store_kv(k, v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions)
 
     def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
@@ -402,10 +400,16 @@ class PagedCache(Cache):
         for layer in self.paged_layers:
             layer.is_initialized = layer.k_cache is not None
 
-    @torch.compiler.disable
     def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
+        if torch.compiler.is_compiling():
+            return self._begin_outside(layer_idx, new, mask, mask_known)
         with self.explain_exhaustion():
             return self.state.begin(layer_idx, new, mask, mask_known=mask_known)
+
+    @torch.compiler.disable
+    def _begin_outside(self, layer_idx: int, new: Tensor, mask: Tensor | None, mask_known: bool) -> Step:
+        """Begin on the host in the middle of a compiled graph, which breaks there."""
+        return self._begin(layer_idx, new, mask, mask_known=mask_known)
 
     def _select(self, index: list[int]) -> None:
         if not self.state.num_seqs:

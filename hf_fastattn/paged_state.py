@@ -191,10 +191,16 @@ class PagedState:
         for tables in self.devices.values():
             tables.past_lens.copy_(tables.seq_lens)
             tables.columns.add_(step.query_len)
-        if step.lens:
+        if step.lens and torch.compiler.is_compiling():
+            self._commit_outside(step)
+        elif step.lens:
             self._commit_counts(step)
 
     @torch.compiler.disable
+    def _commit_outside(self, step: Step) -> None:
+        """Advance the host's counts in the middle of a compiled graph, which breaks there."""
+        self._commit_counts(step)
+
     def _commit_counts(self, step: Step) -> None:
         """Advance the host's counts: it planned the forward pass, even if a compiled graph ended it."""
         self.tables.lens = step.lens
@@ -339,6 +345,10 @@ class PagedState:
 
     def _plan_columns(self, step: Step, mask: Tensor | None, mask_known: bool) -> None:
         """Decide which new columns are stored."""
+        if mask is None and (step.query_len == 1 or self.seen is None):
+            step.seen, step.stored = self.seen, self.stored
+            step.lens = [past + step.query_len for past in self.tables.lens]
+            return
         new = None
         if mask is not None:
             mask = mask.to("cpu", torch.bool)

@@ -343,3 +343,13 @@ class BlockMachine(RuleBasedStateMachine):
 
 TestBlockMachine = BlockMachine.TestCase
 TestBlockMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def test_the_first_tokens_of_a_batch_leave_each_sequence_room_to_grow():
+    tables = BlockTables(BlockPool(40), 16)
+    tables.add_rows([0, 0, 0, 0])
+    tables.reserve([64, 64, 50, 64])
+    tables.lens = [64, 64, 50, 64]
+    tables.reserve([65 + 5 * 16] * 4)
+    assert [row[0] for row in tables.rows] == [0, 10, 20, 30]
+    assert all(row == list(range(row[0], row[0] + 10)) for row in tables.rows)
