@@ -219,12 +219,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     command = (
         [f"python -m {sys.modules['__main__'].__spec__.name}"] if sys.modules["__main__"].__spec__ else sys.argv[:1]
     )
+    arguments = list(sys.argv[1:])
+    if "--out" in arguments:  # where the file lies is not part of what was measured
+        del arguments[arguments.index("--out") : arguments.index("--out") + 2]
     return {
         "device": device_name(device),
         "versions": versions,
         "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(command + [shlex.quote(arg) for arg in sys.argv[1:]]),
+        "command": " ".join(command + [shlex.quote(arg) for arg in arguments]),
     }
 
 
@@ -245,6 +248,7 @@ def write_result(
 ) -> None:
     """Write one result file; called after every cell, so that an interrupted run keeps what is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in settings.items() if key != "out"}
     content = {"kind": kind, **environment(device), "settings": settings, "rows": rows}
     scratch = path.with_suffix(".tmp")
     scratch.write_text(json.dumps(content, indent=1, default=str) + "\n")

@@ -26,6 +26,14 @@ from . import common
 
 README = common.ROOT / "README.md"
 BEGIN, END = "<!-- measured: written by python -m eval.report -->", "<!-- measured: end -->"
+COLUMNS = {
+    "throughput": None,
+    "perplexity": ["path", "implementation", "tokens", "perplexity", "difference"],
+    "memory": ["cell", "cache", "sequence_tokens", "reserved_mib", "waste", "blocks_used_mib", "peak_mib"],
+    "kernels": ["op", "cell", "us", "rate", "unit", "fraction", "x_best_rival", "status"],
+}
+"""Columns of the README's tables, in the order of its sections; None for all. The files hold more."""
+
 COLORS = {"eager": "#999999", "sdpa": "#4477aa", "flex": "#66ccee", "fastattn": "#cc6677"}
 
 
@@ -149,17 +157,19 @@ def render(folder: Path) -> str:
     """Return the Markdown of one machine's results."""
     results = load(folder)
     lines = []
-    for name, result in results.items():
+    for name, wanted in COLUMNS.items():
+        if name not in results:
+            continue
+        result = results[name]
         relative = (folder / f"{name}.json").relative_to(common.ROOT)
         rows = speedups(result["rows"]) if name == "throughput" else result["rows"]
-        skip = {"first_token_s", "step_ms", "settings"}
-        columns = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in skip]
+        rows = [row for row in rows if name != "kernels" or row["implementation"] == "fastattn"]
+        present = list(dict.fromkeys(key for row in rows for key in row))
+        columns = [key for key in wanted or present if key in present]
         versions = ", ".join(f"{key} {result['versions'][key]}" for key in ("torch", "transformers", "triton"))
         picture = folder / f"{name}.png"
         lines += [f"**{name}**, {result['device']}, {versions}, {result['date']}: `{result['command']}`", ""]
-        lines += [common.table(rows[:24], columns), ""]
-        if len(rows) > 24:
-            lines += [f"{len(rows) - 24} more rows in [{relative}]({relative}).", ""]
+        lines += [common.table(rows, columns), "", f"All figures: [{relative}]({relative}).", ""]
         if picture.exists():
             lines += [f"![{name}]({picture.relative_to(common.ROOT)})", ""]
     return "\n".join(lines)
