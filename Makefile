@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := 5.17.0
 THREADS := OMP_NUM_THREADS=2
 
-.PHONY: quickstart test check lint types faults clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
+.PHONY: quickstart test check lint types faults soak clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
@@ -22,11 +22,11 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 test-cpu: $(VENV)/.ready
-	$(THREADS) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu"
+	$(THREADS) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu and not soak"
 
 # The oldest supported transformers lies in a folder of its own, in front of the newest one.
 test-oldest: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
-	$(THREADS) PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu" tests/transformers
+	$(THREADS) PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu and not soak" tests/transformers
 
 test-interpret: $(VENV)/.ready
 	$(THREADS) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/interpret
@@ -36,6 +36,9 @@ test-compile: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+
+soak: $(VENV)/.ready
+	$(THREADS) $(BIN)/python -m pytest -q -m soak
 
 faults: $(VENV)/.ready
 	$(THREADS) $(BIN)/python -m tests.faults

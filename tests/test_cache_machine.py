@@ -258,7 +258,7 @@ TestWindowReserved = machine("WindowReserved", "mistral", {"max_length": MAX_COL
 TestThreeLayers = machine("ThreeLayers", num_hidden_layers=3, num_key_value_heads=1)
 
 SLOW = {"effort": LONG, "seed": 1}
-TestGrowingLong = pytest.mark.slow(machine("GrowingLong", **SLOW))
-TestTightLong = pytest.mark.slow(machine("TightLong", sizes={"num_blocks": 11}, **SLOW))
-TestReservedLong = pytest.mark.slow(machine("ReservedLong", sizes={"max_length": MAX_COLUMNS + 8}, **SLOW))
-TestWindowLong = pytest.mark.slow(machine("WindowLong", "mistral", {"num_blocks": 30}, sliding_window=7, **SLOW))
+TestGrowingLong = pytest.mark.soak(machine("GrowingLong", **SLOW))
+TestTightLong = pytest.mark.soak(machine("TightLong", sizes={"num_blocks": 11}, **SLOW))
+TestReservedLong = pytest.mark.soak(machine("ReservedLong", sizes={"max_length": MAX_COLUMNS + 8}, **SLOW))
+TestWindowLong = pytest.mark.soak(machine("WindowLong", "mistral", {"num_blocks": 30}, sliding_window=7, **SLOW))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 OPS = ("tests/test_ops.py", "-k", "not any_ and not compile and not registered")
 BLOCKS = ("tests/test_block_pool.py",)
 CACHE = ("tests/test_paged_cache.py", "-k", "not compiled and not export")
-MACHINE = ("tests/test_cache_machine.py", "-m", "not slow")
+MACHINE = ("tests/test_cache_machine.py", "-m", "not soak")
 DECODE_KERNEL = (
     "tests/interpret/test_decode_attention.py",
     "-k",
@@ -251,9 +251,17 @@ FAULTS = [
             "softmax_scale=scaling if scaling is not None else",
             "softmax_scale=1.03 * scaling if scaling is not None else",
         ),
-        ("key mask ignored over blocks", '        "key_mask": tables.key_mask,\n', '        "key_mask": None,\n'),
+        (
+            "key mask ignored over blocks",
+            "key_mask=tables.key_mask,\n            **options.decode()",
+            "key_mask=None,\n            **options.decode()",
+        ),
         ("old keys ignored", "        if step.fresh:\n", "        if True:\n"),
-        ("query positions ignored", "query_positions=positions, **blocks", "query_positions=None, **blocks"),
+        (
+            "query positions ignored",
+            "query_positions=None if positions is None else positions.to(query.device)",
+            "query_positions=None",
+        ),
         (
             "padding columns seen when a cache turns dense",
             "            mask = cache.column_mask()\n",

@@ -56,15 +56,15 @@ GLUE_FAULTS = [
     Fault(
         "stale seq_lens",
         ATTENTION,
-        '"seq_lens": tables.seq_lens',
-        '"seq_lens": tables.past_lens',
+        "seq_lens=tables.seq_lens,\n            key_mask=tables.key_mask,\n            **options.decode()",
+        "seq_lens=tables.past_lens,\n            key_mask=tables.key_mask,\n            **options.decode()",
         (f"{GENERATE}[llama-greedy]",),
     ),
     Fault(
         "key mask of hidden columns dropped",
         ATTENTION,
-        '"key_mask": tables.key_mask',
-        '"key_mask": None',
+        "key_mask=tables.key_mask,\n            **options.decode()",
+        "key_mask=None,\n            **options.decode()",
         (f"{GENERATE}[mistral-holes]",),
     ),
     Fault(
@@ -279,8 +279,8 @@ GLUE_FAULTS = [
     Fault(
         "pools cloned in a compiled step",
         ATTENTION,
-        "return ops.decode_attention(query, layer.k_cache, layer.v_cache,",
-        "return ops.decode_attention(query, layer.k_cache.roll(1, 0).roll(-1, 0), layer.v_cache,",
+        "return ops.decode_attention(\n            query,\n            layer.k_cache,",
+        "return ops.decode_attention(\n            query,\n            layer.k_cache.roll(1, 0).roll(-1, 0),",
         ("tests/transformers/test_compiled.py::test_inductor_writes_pools_in_place",),
     ),
     Fault(
