@@ -165,28 +165,39 @@ class BlockTables:
         self.rows += self.pool.allocate_rows([self.blocks_for(tokens) for tokens in capacities])
         self.lens += [0] * len(capacities)
 
-    def missing(self, capacities: Sequence[int]) -> int:
-        """Return how many blocks the sequences lack to hold that many tokens each."""
+    def missing(self, capacities: Sequence[int], group: int = 1) -> int:
+        """Return how many blocks the sequences lack to hold that many tokens each, see :meth:`reserve`."""
         return sum(
-            max(self.blocks_for(tokens) - len(row), 0) for tokens, row in zip(capacities, self.rows, strict=True)
+            max(self.blocks_for(tokens) - len(row), 0)
+            for tokens, row in zip(capacities[::group], self.rows[::group], strict=True)
         )
 
-    def reserve(self, capacities: Sequence[int]) -> bool:
+    def reserve(self, capacities: Sequence[int], group: int = 1) -> bool:
         """Give each sequence blocks for that many tokens; return whether any block was added.
+
+        Args:
+            capacities: tokens of each sequence.
+            group: so many consecutive sequences hold the same tokens and share the blocks of the first of them.
 
         Raises:
             BlockPoolExhausted: not enough free blocks; nothing was changed.
         """
-        missing = self.missing(capacities)
+        missing = self.missing(capacities, group)
         if missing > self.pool.num_free:
             raise BlockPoolExhausted(missing, self.pool.num_free, self.pool.num_blocks)
         if not any(self.rows):  # the first tokens of a batch: place its sequences apart
-            self.rows = self.pool.allocate_rows([self.blocks_for(tokens) for tokens in capacities])
-            return missing > 0
-        for row, tokens in zip(self.rows, capacities, strict=True):
-            count = self.blocks_for(tokens) - len(row)
+            counts = [self.blocks_for(tokens) for tokens in capacities]
+            spread = self.pool.allocate_rows([0 if i % group else count for i, count in enumerate(counts)])
+            for row, blocks in zip(self.rows, spread, strict=True):
+                row += blocks
+        for i in range(0, len(self.rows), group):
+            row, count = self.rows[i], self.blocks_for(capacities[i]) - len(self.rows[i])
             if count > 0:
                 row += self.pool.allocate(count, after=row[-1] if row else None)
+            for follower in self.rows[i + 1 : i + group]:
+                shared = row[len(follower) :]
+                self.pool.share(shared)
+                follower += shared
         return missing > 0
 
     def truncate(self, lens: Sequence[int], *, keep_blocks: bool = False) -> list[tuple[int, int]]:
@@ -219,10 +230,12 @@ class BlockTables:
         rows = [list(self.rows[i]) for i in index]
         lens = [self.lens[i] for i in index]
         self._check_room(rows, lens)
-        for row in rows:
-            self.pool.share(row)
-        for row in self.rows:
-            self.pool.free(row)
+        kept = Counter(index)
+        for i, row in enumerate(self.rows):
+            for _ in range(kept[i] - 1):
+                self.pool.share(row)
+            if not kept[i]:
+                self.pool.free(row)
         self.rows, self.lens = rows, lens
         return self.make_tails_private()
 
@@ -257,14 +270,15 @@ class BlockTables:
 
     def _check_room(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> None:
         """Raise BlockPoolExhausted if the tails of the planned rows could not be made private."""
-        wanted = self._shared_tails(rows, lens)
-        dropped = {block for row in self.rows for block in row} - {block for row in rows for block in row}
+        tails = sum(len(row) - n // self.block_size for row, n in zip(rows, lens, strict=True))
+        if tails <= self.pool.num_free:  # more than enough: spare the count of a long batch
+            return
+        held = Counter(block for row in self.rows for block in row)
+        elsewhere = {block for block, count in held.items() if self.pool.num_owners(block) > count}
+        inside = {b for row, n in zip(rows, lens, strict=True) for b in row[: n // self.block_size]}
+        shared = Counter(b for row, n in zip(rows, lens, strict=True) for b in row[n // self.block_size :])
+        wanted = sum(count - 1 + (block in inside or block in elsewhere) for block, count in shared.items())
+        dropped = held.keys() - elsewhere - inside - shared.keys()
         free = self.pool.num_free + len(dropped)
         if wanted > free:
             raise BlockPoolExhausted(wanted, free, self.pool.num_blocks)
-
-    def _shared_tails(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> int:
-        """Count the blocks that have to be given out so that no block at or behind a sequence's end is shared."""
-        inside = {b for row, n in zip(rows, lens, strict=True) for b in row[: n // self.block_size]}
-        tails = Counter(b for row, n in zip(rows, lens, strict=True) for b in row[n // self.block_size :])
-        return sum(count - 1 + (block in inside) for block, count in tails.items())

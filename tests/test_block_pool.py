@@ -231,6 +231,42 @@ def test_a_truncation_may_use_the_blocks_that_it_frees():
     assert sorted(row[1] for row in tables.rows) == [1, 2]
 
 
+def test_a_group_shares_the_blocks_of_its_first_sequence_until_its_tails_part():
+    tables = BlockTables(BlockPool(20), 4)
+    tables.add_rows([0] * 6)
+    assert tables.missing([10, 10, 10, 3, 3, 3], group=3) == 4
+    assert tables.reserve([10, 10, 10, 3, 3, 3], group=3)
+    assert tables.rows[0] == tables.rows[1] == tables.rows[2]
+    assert tables.pool.num_free == 16
+    assert tables.reserve([13, 13, 13, 3, 3, 3], group=3)  # a second chunk of the prompt
+    assert [len(row) for row in tables.rows] == [4, 4, 4, 1, 1, 1]
+    assert tables.pool.num_free == 15
+    tables.lens = [13, 13, 13, 3, 3, 3]
+    first, second = tables.rows[0][3], tables.rows[3][0]
+    copies = tables.make_tails_private()
+    assert sorted(source for source, _ in copies) == sorted([first, first, second, second])
+    assert len({row[3] for row in tables.rows[:3]}) == 3
+    assert tables.rows[0][3] == first  # the first of a group keeps its own
+    assert tables.rows[0][:3] == tables.rows[1][:3] == tables.rows[2][:3]
+    check_pool(tables.pool, Counter(block for row in tables.rows for block in row))
+
+
+def test_blocks_of_two_tables_on_one_pool_part_ways_too():
+    one = make_tables(4, 6)
+    two = BlockTables(one.pool, 4)
+    one.pool.share(one.rows[0])
+    two.rows, two.lens = [list(one.rows[0])], [6]
+    assert two.make_tails_private() == [(1, 2)]
+    assert (one.rows, two.rows) == ([[0, 1]], [[0, 2]])
+    one.pool.share(one.rows[0])
+    two.release()
+    two.rows, two.lens = [list(one.rows[0])], [6]
+    one.pool.allocate(2)
+    with pytest.raises(BlockPoolExhausted, match="1 were wanted"):
+        two.make_tails_private()
+    assert two.rows == [[0, 1]]
+
+
 def test_release_gives_everything_back():
     tables = make_tables(9, 7, 10, 3)
     tables.select([2, 0, 0])

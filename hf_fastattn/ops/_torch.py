@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._pieces import attend_pieces
+from ._views import even_runs, is_flat, read_blocks, view_runs
+
 QUERY_TILE = 1024
 """Queries attended at once where a mask is needed: bounds the memory of the mask."""
 
@@ -32,8 +35,9 @@ def attend_paged(
     causal: bool,
     window: int,
     softcap: float,
+    shared_prefixes: Tensor | None = None,
 ) -> Tensor:
-    """Attend over blocks: one call on a view where the batch allows it, else sequence by sequence."""
+    """Attend over blocks: one call on a view where the batch allows it, else piece by piece or sequence by sequence."""
     num_seqs, num_heads, query_len, _ = q.shape
     lens = seq_lens.tolist()
     limit = block_table.shape[1] * k_cache.shape[1]
@@ -41,13 +45,17 @@ def attend_paged(
         raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
     if query_positions is None and lens and min(lens) == max(lens) > 0:
-        run = _even_runs(block_table, -(-lens[0] // k_cache.shape[1]))
-        if run is not None and _is_flat(k_cache) and _is_flat(v_cache):
-            k, v = (_view_runs(cache, num_seqs, lens[0], *run) for cache in (k_cache, v_cache))
+        run = even_runs(block_table, -(-lens[0] // k_cache.shape[1]))
+        if run is not None and is_flat(k_cache) and is_flat(v_cache):
+            k, v = (view_runs(cache, num_seqs, lens[0], *run) for cache in (k_cache, v_cache))
             return attend_dense(q, k, v, key_mask, sinks, **options)
+    plain = key_mask is None and sinks is None and softcap == 0.0 and window >= max(lens, default=0)
+    if plain and query_len == 1 and query_positions is None and q.is_cpu and q.shape[3] == v_cache.shape[3]:
+        return attend_pieces(q, k_cache, v_cache, block_table, lens, shared_prefixes, softmax_scale)
     out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])
     for row, seq_len in enumerate(lens):
-        k, v = _row(k_cache, block_table[row], seq_len), _row(v_cache, block_table[row], seq_len)
+        blocks = block_table[row, : -(-seq_len // k_cache.shape[1])].tolist()
+        k, v = (read_blocks(cache, blocks, seq_len) for cache in (k_cache, v_cache))
         q_row, mask = q[row : row + 1], None if key_mask is None else key_mask[row : row + 1]
         if query_positions is None:
             out[row] = attend_dense(q_row, k, v, mask, sinks, **options)[0]
@@ -201,38 +209,3 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
     return out.transpose(1, 2).contiguous()
-
-
-def _even_runs(block_table: Tensor, num_blocks: int) -> tuple[int, int] | None:
-    """Return (first block, distance) if the first blocks of each sequence are one run, evenly spaced; else None."""
-    rows = block_table[:, :num_blocks].tolist()
-    first = rows[0][0]
-    distance = rows[1][0] - first if len(rows) > 1 else 0
-    if first < 0 or distance < 0:
-        return None
-    for i, row in enumerate(rows):
-        start = first + i * distance
-        if row != list(range(start, start + num_blocks)):
-            return None
-    return first, distance
-
-
-def _is_flat(cache: Tensor) -> bool:
-    """Whether the slots of consecutive blocks follow each other at one stride."""
-    return cache.stride(0) == cache.shape[1] * cache.stride(1)
-
-
-def _view_runs(cache: Tensor, num_seqs: int, seq_len: int, first: int, distance: int) -> Tensor:
-    """View sequences whose blocks are evenly spaced runs as (num_seqs, heads, seq_len, dim)."""
-    block, slot, head, dim = cache.stride()
-    shape = (num_seqs, cache.shape[2], seq_len, cache.shape[3])
-    return cache.as_strided(shape, (distance * block, head, slot, dim), cache.storage_offset() + first * block)
-
-
-def _row(cache: Tensor, blocks: Tensor, seq_len: int) -> Tensor:
-    """Return one sequence as (1, heads, seq_len, dim): a view where its blocks are one run, else a gathered copy."""
-    num_blocks = -(-seq_len // cache.shape[1])
-    run = _even_runs(blocks[None], num_blocks) if num_blocks and _is_flat(cache) else None
-    if run is not None:
-        return _view_runs(cache, 1, seq_len, *run)
-    return cache.index_select(0, blocks[:num_blocks].long()).flatten(0, 1)[:seq_len].transpose(0, 1)[None]
