@@ -48,7 +48,7 @@ def main() -> None:
     print(f"blocks in use: {used}; with padding stored they would be {padded}")
 
     alone = [
-        generate(model, tokenizer, [prompt], args.max_new_tokens, PagedCache(model.config))[0]
+        generate(model, tokenizer, [prompt], args.max_new_tokens)[0]  # over a cache made for the call
         for prompt in args.prompts
     ]
     print(f"same text one prompt at a time: {'yes' if alone == replies else 'no'}")
@@ -59,9 +59,9 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     max_new_tokens: int,
-    cache: PagedCache,
+    cache: PagedCache | None = None,
 ) -> list[str]:
-    """Return what greedy decoding appends to each prompt."""
+    """Return what greedy decoding appends to each prompt; a cache is passed only to look into it afterwards."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, past_key_values=cache)

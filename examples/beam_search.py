@@ -52,7 +52,7 @@ def main() -> None:
     cache = WatchedCache(model.config, block_size=args.block_size)
     with torch.inference_mode():
         found = model.generate(**inputs, **options, past_key_values=cache)[0]
-        expected = model.generate(**inputs, **options)[0]
+        expected = model.generate(**inputs, **options, cache_implementation="dynamic")[0]
     print(f"{args.prompt}[{tokenizer.decode(found[inputs['input_ids'].shape[1] :], skip_special_tokens=True)}]\n")
 
     state = cache.state

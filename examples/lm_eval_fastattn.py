@@ -1,16 +1,15 @@
-"""Evaluate with lm-eval, generating over PagedCache.
+"""Evaluate with lm-eval on fastattn, and count what was generated over a PagedCache.
 
     python examples/lm_eval_fastattn.py                          # the bundled model on the tasks in eval/tasks
     python examples/lm_eval_fastattn.py --model NAME --tasks arc_easy,gsm8k --limit 100 --batch-size 16
 
-For fastattn alone no code is needed: `python -m hf_fastattn run -m lm_eval --model hf --model_args
-pretrained=NAME,attn_implementation=fastattn ...` generates over transformers' default cache. A cache is an object that
-lm-eval's command line cannot pass on to generate(), and every batch needs a fresh one; so a small subclass of lm-eval's
-model hands it over.
+No code is needed for it: `python -m hf_fastattn run -m lm_eval --model hf --model_args
+pretrained=NAME,attn_implementation=fastattn ...` does the same from the command line.
 """
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,22 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-import hf_fastattn
+from hf_fastattn import PagedCache
 
 ROOT = Path(__file__).parent.parent
 
 
-class PagedHFLM(HFLM):
-    """lm-eval's model for transformers, with fastattn and a fresh PagedCache for every batch it generates."""
+class CacheCounter:
+    """Counts the caches that a model starts to fill, by type."""
 
-    def __init__(self, pretrained: Any, **kwargs: Any) -> None:
-        if isinstance(pretrained, str):
-            kwargs.setdefault("attn_implementation", "fastattn")
-        super().__init__(pretrained, **kwargs)
-        self.last_cache: hf_fastattn.PagedCache | None = None
-        self.batches = 0
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.counts: Counter[type] = Counter()
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        self.last_cache = hf_fastattn.PagedCache(self.model.config)
-        self.batches += 1
-        return super()._model_generate(context, max_length, stop, past_key_values=self.last_cache, **kwargs)
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() == 0:
+            self.counts[type(cache)] += 1
 
 
 def main() -> None:
@@ -61,13 +57,16 @@ def main() -> None:
         sys.exit(f"no task of the name {', '.join(unknown)}: `lm_eval ls tasks` and {args.include_path} have the names")
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     try:
-        lm = PagedHFLM(args.model, device=args.device, dtype=dtype, batch_size=args.batch_size)
+        lm = HFLM(
+            args.model, device=args.device, dtype=dtype, batch_size=args.batch_size, attn_implementation="fastattn"
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"cannot load the model {args.model!r}: {error}")
+    caches = CacheCounter(lm.model)
     results = simple_evaluate(lm, tasks=tasks, limit=args.limit, task_manager=manager, bootstrap_iters=0)
     print(make_table(results))
     print(f"{args.model} in {dtype} on {args.device}, {lm.model.config._attn_implementation}")
-    print(f"batches generated over a PagedCache: {lm.batches}; the last one: {lm.last_cache}")
+    print(f"batches generated over a PagedCache: {caches.counts[PagedCache]}")
 
 
 if __name__ == "__main__":

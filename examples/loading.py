@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import hf_fastattn  # noqa: F401  registers "fastattn"
+import hf_fastattn  # noqa: F401  registers "fastattn"; models that ask for it generate over a PagedCache
 
 TINY_MODEL = Path(__file__).parent / "tiny-llama"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-import hf_fastattn
+import hf_fastattn  # noqa: F401  registers "fastattn"; models that ask for it generate over a PagedCache
 
 TINY_MODEL = Path(__file__).parent / "tiny-llama"
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
@@ -40,10 +40,10 @@ def main() -> None:
     print(f"{name} ({model.num_parameters() / 1e6:.1f}M parameters) on {args.device}, {dtype}\n")
 
     print("--- fastattn, PagedCache " + "-" * 55)
-    ours, speed = complete(model, tokenizer, args.prompt, args.max_new_tokens, paged=True, stream=True)
+    ours, speed = complete(model, tokenizer, args.prompt, args.max_new_tokens)
     model.set_attn_implementation("sdpa")
     print("--- sdpa, DynamicCache (the same model) " + "-" * 40)
-    theirs, baseline = complete(model, tokenizer, args.prompt, args.max_new_tokens, paged=False, stream=True)
+    theirs, baseline = complete(model, tokenizer, args.prompt, args.max_new_tokens)
 
     same = torch.equal(ours, theirs)
     print("-" * 80)
@@ -58,22 +58,13 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int,
-    *,
-    paged: bool,
-    stream: bool,
 ) -> tuple[torch.Tensor, float]:
-    """Generate greedily; return the new tokens and the tokens per second of a second, warm run without streaming."""
+    """Stream a greedy completion; return its tokens and the tokens per second of a second, warm run."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "disable_compile": True}
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
-
-    def generate(streamer: TextStreamer | None) -> torch.Tensor:
-        cache = hf_fastattn.PagedCache(model.config) if paged else None
-        return model.generate(**inputs, **options, past_key_values=cache, streamer=streamer)
-
-    generate(streamer)
+    model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
     start = time.perf_counter()
-    tokens = generate(None)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return tokens, len(tokens) / (time.perf_counter() - start)
 
 

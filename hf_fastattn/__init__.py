@@ -1,18 +1,34 @@
 """hf_fastattn makes Hugging Face ``generate()`` fast: FlashAttention-2 prefill and flash-decoding over a paged KV
 cache.
 
-Importing registers the attention implementation "fastattn" with transformers; nothing else about transformers changes.
+Importing registers the attention implementation "fastattn" with transformers, and config classes that make the models
+that ask for it page their cache; nothing else about transformers changes.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from . import auto
 from .attention import fastattn_attention
+from .auto import paged, unpaged
 from .block_pool import BlockPoolExhausted
 from .cache import IMPLEMENTATION, PagedCache
+from .leases import release
+from .linear import optimize_linears, restore_linears
 from .masks import fastattn_mask
 from .version import __version__
 
-__all__ = ["IMPLEMENTATION", "BlockPoolExhausted", "PagedCache", "__version__"]
+__all__ = [
+    "IMPLEMENTATION",
+    "BlockPoolExhausted",
+    "PagedCache",
+    "__version__",
+    "optimize_linears",
+    "paged",
+    "release",
+    "restore_linears",
+    "unpaged",
+]
 
 AttentionInterface.register(IMPLEMENTATION, fastattn_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, fastattn_mask)
+auto.register()

@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import IMPLEMENTATION, __version__
+from . import IMPLEMENTATION, __version__, auto
 from .ops._library import has_triton
 from .ops.shapes import MAX_DECODE_QUERY_LEN, MAX_HEAD_DIM
 
@@ -123,6 +123,7 @@ def print_info() -> None:
         f"triton        {triton}",
         "",
         f"attention implementation {IMPLEMENTATION!r}: {_registered()}",
+        f"paged by default: {', '.join(auto.registered()) or 'no family'}; others through hf_fastattn.paged(model)",
         "",
         f"cpu: PyTorch implementation of every op, {torch.get_num_threads()} threads",
     ]

@@ -9,7 +9,8 @@ that computes with keys and values itself, the same cache stores every column an
 
 import copy
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from . import ops
 from .block_pool import BlockPoolExhausted
 from .handles import Handle, NewStates
 from .model_config import last_caching_layer, layer_types, text_config
-from .paged_state import DeviceTables, PagedState, Step, allocate_blocks, persistent
+from .paged_state import DeviceTables, PagedState, Step, fits, persistent, reuse_blocks
 
 IMPLEMENTATION = "fastattn"
 """Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
@@ -40,10 +41,19 @@ class PagedLayer(CacheLayerMixin):
     is_sliding = False  # every layer keeps all tokens; a window is applied when attending
 
     def __init__(self, cache: "PagedCache", layer_idx: int) -> None:
-        self.cache, self.layer_idx = cache, layer_idx
+        self._cache = weakref.ref(cache)  # no cycle: a cache that nobody holds gives its blocks back at once
+        self.layer_idx = layer_idx
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
+        self.leased: tuple[Tensor, Tensor] | None = None  # blocks of an earlier cache, taken if they fit
         self.is_initialized = False
+
+    @property
+    def cache(self) -> "PagedCache":
+        """The cache that the layer belongs to, which must be alive."""
+        cache = self._cache()
+        assert cache is not None, "a layer of a PagedCache was used after its cache was gone"
+        return cache
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -71,14 +81,23 @@ class PagedLayer(CacheLayerMixin):
         """Allocate the layer's blocks from the shapes of its first states."""
         state = self.cache.state
         if state.num_seqs == 0:
+            if self.leased is not None and state.num_blocks is None and fits(self.leased[0], key_states):
+                state.pool.grow(len(self.leased[0]))
             with self.cache.explain_exhaustion(key_states):
                 state.add_batch(key_states.shape[0], key_states.shape[2])
         state.on(key_states.device)
+        leased, self.leased = self.leased or (None, None), None
         self.k_cache, self.v_cache = (
-            allocate_blocks(states, (state.pool.num_blocks, state.block_size, states.shape[1], states.shape[3]))
-            for states in (key_states, value_states)
+            reuse_blocks(old, states, (state.pool.num_blocks, state.block_size, states.shape[1], states.shape[3]))
+            for old, states in zip(leased, (key_states, value_states), strict=True)
         )
         self.is_initialized = True
+
+    def blocks(self) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's blocks, or those it was to take and has not; None without any."""
+        if self.k_cache is None or self.v_cache is None:
+            return self.leased
+        return self.k_cache, self.v_cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
@@ -89,7 +108,7 @@ class PagedLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = NewStates(self, key_states, value_states)
+        new = NewStates(self, key_states, value_states, self.cache)
         step = self.cache.state.step
         if (step is not None and step.handles and self.layer_idx > step.first_layer) or self.cache.uses_handles:
             return Handle(new, 0), Handle(new, 1)
@@ -141,6 +160,8 @@ class PagedCache(Cache):
         num_blocks: blocks in the pool, allocated once; a full pool raises :class:`BlockPoolExhausted`. None: as needed.
         max_length: most tokens per sequence. Without num_blocks, every sequence gets room for that many at once, which
             lets generate() compile the decode step; with it, it is only a limit.
+        reserve: most tokens per sequence that are expected. A pool without num_blocks then has room for the first
+            forward pass and 1024 more tokens, but not for more than this. None: for the first pass and 256 more.
 
     Raises:
         ValueError: a bad size, or a model that keeps other state than keys and values (state space, encoder-decoder).
@@ -155,19 +176,29 @@ class PagedCache(Cache):
         block_size: int = 64,
         num_blocks: int | None = None,
         max_length: int | None = None,
+        reserve: int | None = None,
     ) -> None:
         self.config = text_config(config)
         if block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
-        for name, value in (("num_blocks", num_blocks), ("max_length", max_length)):
+        for name, value in (("num_blocks", num_blocks), ("max_length", max_length), ("reserve", reserve)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         types = layer_types(self.config)
         sliding = any(kind.startswith("sliding") for kind in types) or getattr(self.config, "sliding_window", None)
         self.paged_layers = [PagedLayer(self, i) for i in range(self.config.num_hidden_layers)]
-        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), self.paged_layers)
+        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), self.paged_layers, reserve)
         self.made_dense = "chunked_attention" in types
         super().__init__(layers=list(self.paged_layers))
+
+    def adopt(self, blocks: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Take over the blocks of an earlier cache, as far as they turn out to fit; this one is unused so far.
+
+        Args:
+            blocks: each layer's keys and values, (num_blocks, block_size, num_kv_heads, head_dim); None without any.
+        """
+        for layer, pair in zip(self.paged_layers, blocks, strict=False):
+            layer.leased = pair
 
     @property
     def uses_handles(self) -> bool:
@@ -305,6 +336,11 @@ class PagedCache(Cache):
         """Sequences in the cache, -1 before its first use."""
         return self.state.num_seqs or -1
 
+    @property
+    def max_cache_len(self) -> int:
+        """Most tokens per sequence, -1 without a limit; PEFT asks for it by this name of older versions."""
+        return self.paged_layers[0].get_max_length()
+
     def reset(self) -> None:
         """Forget all tokens; the pool stays allocated."""
         self.state.release()
@@ -387,6 +423,8 @@ class PagedCache(Cache):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for layer in twin.paged_layers:
+            layer._cache = weakref.ref(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

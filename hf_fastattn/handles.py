@@ -25,10 +25,13 @@ class DenseSource(Protocol):
 
 
 class NewStates:
-    """What one layer got in one forward pass: k and v, (num_seqs, num_kv_heads, query_len, head_dim) each."""
+    """What one layer got in one forward pass: k and v, (num_seqs, num_kv_heads, query_len, head_dim) each.
 
-    def __init__(self, layer: DenseSource, k: Tensor, v: Tensor) -> None:
-        self.layer, self.k, self.v = layer, k, v
+    ``owner`` is kept alive: the layer does not hold its cache, and a handle must work for as long as it exists.
+    """
+
+    def __init__(self, layer: DenseSource, k: Tensor, v: Tensor, owner: object = None) -> None:
+        self.layer, self.k, self.v, self.owner = layer, k, v, owner
         self.dense: tuple[Tensor, Tensor] | None = None
 
     def touch(self) -> tuple[Tensor, Tensor]:

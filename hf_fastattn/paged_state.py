@@ -19,6 +19,9 @@ from .block_pool import BlockPool, BlockPoolExhausted, BlockTables
 GROWTH_SLACK = 256
 """Tokens per sequence that an unsized cache makes room for beyond its first forward pass."""
 
+EXPECTED_SLACK = 1024
+"""The same where the length that sequences can reach is known, which is then the limit."""
+
 
 class Store(Protocol):
     """The keys and values of one layer: (num_blocks, block_size, num_kv_heads, head_dim), None before its first use."""
@@ -96,6 +99,7 @@ class PagedState:
         max_length: tokens that each sequence is given room for at once; None gives blocks as they are needed.
         keep_hidden: store hidden columns too, except before a sequence's first token. A sliding window counts columns.
         stores: the layers, whose caches are copied when the pool grows or sequences part ways.
+        reserve: tokens per sequence that are expected at most, see EXPECTED_SLACK.
     """
 
     def __init__(
@@ -105,10 +109,11 @@ class PagedState:
         max_length: int | None,
         keep_hidden: bool,
         stores: Sequence[Store],
+        reserve: int | None = None,
     ) -> None:
         self.block_size, self.num_blocks, self.max_length = block_size, num_blocks, max_length
         self.keep_hidden = keep_hidden
-        self.stores = stores
+        self.stores, self.reserve = stores, reserve
         self.pool = BlockPool(num_blocks or 0)
         self.tables = BlockTables(self.pool, block_size)
         self.devices: dict[torch.device, DeviceTables] = {}
@@ -131,7 +136,11 @@ class PagedState:
 
     def add_batch(self, num_seqs: int, query_len: int) -> None:
         """Make the (empty) sequences of the first forward pass."""
-        tokens = self.max_length if self.max_length is not None else query_len + GROWTH_SLACK
+        tokens = query_len + (GROWTH_SLACK if self.reserve is None else EXPECTED_SLACK)
+        if self.reserve is not None:
+            tokens = max(query_len, min(tokens, self.reserve))
+        if self.max_length is not None:
+            tokens = self.max_length
         wanted = num_seqs * self.tables.blocks_for(tokens)
         if self.num_blocks is None and wanted > self.pool.num_blocks:
             self.resize(wanted)
@@ -477,6 +486,18 @@ def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
         blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
     torch._dynamo.mark_static_address(blocks)
     return blocks
+
+
+def reuse_blocks(old: Tensor | None, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ``old`` if it is what :func:`allocate_blocks` would make, else new blocks."""
+    if old is not None and old.shape == torch.Size(shape) and fits(old, like):
+        return old
+    return allocate_blocks(like, shape)
+
+
+def fits(blocks: Tensor, states: Tensor) -> bool:
+    """Return whether blocks can hold states, (num_seqs, num_kv_heads, query_len, head_dim), of another model too."""
+    return (blocks.dtype, blocks.device) == (states.dtype, states.device) and blocks.shape[2:] == states.shape[1::2]
 
 
 def _extend(mask: Tensor | None, num_seqs: int, columns: int) -> Tensor:

@@ -5,6 +5,8 @@ float64 for an oracle), builds the whole score matrix and never calls an op. Tes
 implementations with these; nothing else imports this module.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -91,6 +93,9 @@ def decode_attention(
     sinks: Tensor | None = None,
     window: int = NO_WINDOW,
     softcap: float = 0.0,
+    shared_prefixes: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attend the last few queries of each sequence. See :func:`hf_fastattn.ops.decode_attention`."""
     return prefill_attention(
@@ -105,6 +110,17 @@ def decode_attention(
         window=window,
         softcap=softcap,
     )
+
+
+def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply a linear layer. See :func:`hf_fastattn.ops.decode_linear`."""
+    out = x @ weight.transpose(0, 1)
+    return out if bias is None else out + bias
+
+
+def decode_linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """Apply several linear layers to one input. See :func:`hf_fastattn.ops.decode_linear_group`."""
+    return [decode_linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def gather_blocks(cache: Tensor, blocks: Tensor, seq_len: int) -> Tensor:

@@ -96,3 +96,6 @@ def test_info_names_versions_and_registration() -> None:
     assert result.returncode == 0
     for word in ("hf_fastattn", "torch", "transformers", "triton", "'fastattn': registered", "cpu:"):
         assert word in result.stdout
+    (paged,) = [line for line in result.stdout.splitlines() if line.startswith("paged by default: ")]
+    for family in ("llama", "gemma3_text", "gpt_oss", "qwen3"):
+        assert family in paged

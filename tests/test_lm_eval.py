@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+
+from hf_fastattn import PagedCache
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-llama"
@@ -40,18 +42,20 @@ def model(implementation: str):
 
 
 @functools.cache
-def evaluate(task: str, implementation: str, batch_size: int, *, paged: bool = False):
-    """Return the harness's results and its model."""
-    lm_class = module_from(ROOT / "examples" / "lm_eval_fastattn.py").PagedHFLM if paged else HFLM
-    lm = lm_class(model(implementation), tokenizer=AutoTokenizer.from_pretrained(MODEL), batch_size=batch_size)
+def evaluate(task: str, implementation: str, batch_size: int, *, cache: str | None = None):
+    """Return the harness's results and how many caches of which type it filled; None lets the model choose them."""
+    lm = HFLM(model(implementation), tokenizer=AutoTokenizer.from_pretrained(MODEL), batch_size=batch_size)
     assert lm.model.config._attn_implementation == implementation
+    lm.model.generation_config.cache_implementation = cache
+    caches = module_from(ROOT / "examples" / "lm_eval_fastattn.py").CacheCounter(lm.model)
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     logging.disable(logging.WARNING)
     try:
         found = simple_evaluate(lm, tasks=[task], limit=LIMITS[task], task_manager=manager, bootstrap_iters=0)
     finally:
         logging.disable(logging.NOTSET)
-    return found, lm
+        lm.model.generation_config.cache_implementation = None
+    return found, dict(caches.counts)
 
 
 def responses(task: str, implementation: str, batch_size: int, **options) -> list:
@@ -89,16 +93,13 @@ def test_texts_get_the_same_rolling_loglikelihoods(reference: str, batch_size: i
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("paged", [False, True], ids=["default cache", "PagedCache"])
-def test_generated_strings_are_the_same(batch_size: int, paged: bool) -> None:
-    got = responses("py_complete_line", "fastattn", batch_size, paged=paged)
+@pytest.mark.parametrize(("cache", "kind"), [(None, PagedCache), ("dynamic", DynamicCache)], ids=["default", "dynamic"])
+def test_generated_strings_are_the_same(batch_size: int, cache: str | None, kind: type) -> None:
+    got = responses("py_complete_line", "fastattn", batch_size, cache=cache)
     assert got == responses("py_complete_line", "sdpa", batch_size)
     assert any(text for [[text]] in got)
-    if paged:
-        lm = evaluate("py_complete_line", "fastattn", batch_size, paged=True)[1]
-        assert lm.batches == -(-LIMITS["py_complete_line"] // batch_size)
-        assert lm.last_cache.uses_handles
-        assert 0 < sum(lm.last_cache.state.tables.lens) <= lm.last_cache.batch_size * lm.last_cache.get_seq_length()
+    counts = evaluate("py_complete_line", "fastattn", batch_size, cache=cache)[1]
+    assert counts == {kind: -(-LIMITS["py_complete_line"] // batch_size)}
 
 
 @pytest.mark.parametrize("task", LIMITS)

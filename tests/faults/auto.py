@@ -1,0 +1,160 @@
+"""Seeded faults in paging by default and in the lease of pools, and which tests have to catch each."""
+
+from .faults import Fault
+
+AUTO = "hf_fastattn/auto.py"
+LEASES = "hf_fastattn/leases.py"
+CACHE = "hf_fastattn/cache.py"
+STATE = "hf_fastattn/paged_state.py"
+TEST_AUTO = "tests/transformers/test_auto.py::test_"
+TEST_LEASES = "tests/transformers/test_leases.py::test_"
+
+AUTO_FAULTS = [
+    Fault(
+        "every config leads to the paged class",
+        AUTO,
+        "type(config) is native and config._attn_implementation == IMPLEMENTATION:",
+        "type(config) is native:",
+        (f"{TEST_AUTO}others_get_the_native_classes[llama]",),
+    ),
+    Fault(
+        "a config that asked pages whatever it builds",
+        AUTO,
+        "return IMPLEMENTATION in (wanted.values() if isinstance(wanted, dict) else [wanted])",
+        "return True",
+        (f"{TEST_AUTO}others_get_the_native_classes[llama]",),
+    ),
+    Fault(
+        "models built from a config keep the class that asked",
+        AUTO,
+        "            config = copy.deepcopy(config)",
+        "            pass",
+        (f"{TEST_AUTO}config_that_asks_for_fastattn_is_enough",),
+    ),
+    Fault(
+        "remote code is passed over",
+        AUTO,
+        'names | {"_native": native})',
+        'names | {"_native": native, "__module__": __name__})',
+        (f"{TEST_AUTO}remote_code_and_other_registrations_win",),
+    ),
+    Fault(
+        "somebody else's registration is replaced",
+        AUTO,
+        'if family in CONFIG_MAPPING and CONFIG_MAPPING[family].__module__.startswith("transformers."):',
+        "if family in CONFIG_MAPPING:",
+        (f"{TEST_AUTO}remote_code_and_other_registrations_win",),
+    ),
+    Fault(
+        "a pickled model is paged",
+        AUTO,
+        "return _as_native(super().__reduce_ex__(1), type(self), self._native)",
+        "return super().__reduce_ex__(protocol)",
+        (f"{TEST_AUTO}copies_and_pickles_name_native_classes", f"{TEST_AUTO}saved_models_load_without_the_package"),
+    ),
+    Fault(
+        "a deepcopy of the model is not paged",
+        AUTO,
+        "    def __deepcopy__",
+        "    def deepcopy",
+        (f"{TEST_AUTO}deepcopy_stays_paged",),
+    ),
+    Fault(
+        "a cache that is passed is replaced",
+        AUTO,
+        'model_kwargs.get("past_key_values") is not None or generation_config',
+        "generation_config",
+        (f"{TEST_LEASES}a_cache_that_is_passed_wins",),
+    ),
+    Fault(
+        "cache_implementation is ignored",
+        AUTO,
+        " or generation_config.cache_implementation is not None",
+        "",
+        (f"{TEST_LEASES}a_cache_implementation_wins",),
+    ),
+    Fault(
+        "paged under every attention implementation",
+        AUTO,
+        "return text_config(model.config)._attn_implementation == IMPLEMENTATION",
+        "return bool(text_config(model.config))",
+        (f"{TEST_LEASES}no_cache_and_other_attention_are_obeyed",),
+    ),
+    Fault(
+        "the first pool has room for all that may come",
+        STATE,
+        "tokens = max(query_len, min(tokens, self.reserve))",
+        "tokens = max(query_len, self.reserve)",
+        (f"{TEST_LEASES}first_reservation_and_growth",),
+    ),
+    Fault(
+        "an idle pool is leased twice",
+        LEASES,
+        "pool = _idle.pop(model, None)\n    if",
+        "pool = _idle.get(model)\n    if",
+        (f"{TEST_LEASES}two_threads_have_a_pool_each[llama]",),
+    ),
+    Fault(
+        "a pool comes back while its cache is alive",
+        LEASES,
+        "    # The state's end",
+        "    if pool is not None:\n        _idle[model] = pool\n    # The state's end",
+        (f"{TEST_LEASES}returned_cache_is_not_overwritten", f"{TEST_LEASES}idle_pool_is_reused_and_released"),
+    ),
+    Fault(
+        "pools do not come back",
+        LEASES,
+        "if model is None or not pool.num_bytes:",
+        "if True:",
+        (f"{TEST_LEASES}idle_pool_is_reused_and_released",),
+    ),
+    Fault(
+        "the smaller pool is kept",
+        LEASES,
+        "other.num_bytes < pool.num_bytes",
+        "other.num_bytes > pool.num_bytes",
+        (f"{TEST_LEASES}larger_call_gets_a_larger_pool_which_is_the_one_kept",),
+    ),
+    Fault(
+        "a pool that no layer took is lost",
+        CACHE,
+        "            return self.leased\n",
+        "            return None\n",
+        (f"{TEST_LEASES}pool_comes_back_when_nothing_ran",),
+    ),
+    Fault(
+        "layers keep their cache alive",
+        CACHE,
+        "self._cache = weakref.ref(cache)  # no cycle",
+        "self._cache = lambda: cache  # no cycle",
+        (f"{TEST_LEASES}idle_pool_is_reused_and_released",),
+    ),
+    Fault(
+        "a copied cache's layers belong to the original",
+        CACHE,
+        "            layer._cache = weakref.ref(twin)",
+        "            pass",
+        ("tests/test_paged_cache.py", "-k", "copy or copies or pickle"),
+    ),
+    Fault(
+        "a handle does not keep its cache",
+        CACHE,
+        "new = NewStates(self, key_states, value_states, self.cache)",
+        "new = NewStates(self, key_states, value_states)",
+        ("tests/test_paged_cache.py::test_touching_a_handle_warns_once",),
+    ),
+    Fault(
+        "PEFT gets no answer to how long a cache may become",
+        CACHE,
+        "        return self.paged_layers[0].get_max_length()",
+        "        raise AttributeError",
+        ("tests/transformers/test_callers.py::test_peft_around_a_paged_model",),
+    ),
+    Fault(
+        "blocks of another dtype are taken",
+        STATE,
+        "(blocks.dtype, blocks.device) == (states.dtype, states.device) and",
+        "blocks.device == states.device and",
+        (f"{TEST_LEASES}model_that_changed_its_dtype_gets_new_blocks",),
+    ),
+]
