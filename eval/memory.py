@@ -72,7 +72,7 @@ def measure(model: PreTrainedModel, name: str, cell: Cell) -> dict[str, Any]:
     }
     if isinstance(cache, PagedCache):
         state = cache.state
-        used = state.pool.num_blocks - state.pool.num_free
+        used = state.pool.num_used
         row["blocks_used_mib"] = used * state.block_size * per_token / 2**20
         row["waste_in_used_blocks"] = f"{1 - min(tokens / (used * state.block_size), 1):.1%}"
     if model.device.type == "cuda":

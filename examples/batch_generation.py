@@ -42,7 +42,7 @@ def main() -> None:
     for number, (length, row) in enumerate(zip(state.tables.lens, state.tables.rows, strict=True), 1):
         print(f"{number:6}   {state.columns:7}   {length:13}   {len(row):6}")
     stored, columns = sum(state.tables.lens), state.num_seqs * state.columns
-    used = state.pool.num_blocks - state.pool.num_free
+    used = state.pool.num_used
     print(f"tokens stored: {stored} of {columns} columns, so {1 - stored / columns:.0%} of a padded cache is padding")
     padded = state.num_seqs * state.tables.blocks_for(state.columns)
     print(f"blocks in use: {used}; with padding stored they would be {padded}")

@@ -80,7 +80,7 @@ def main() -> None:
     chat, replies, kept_tokens, new_tokens = Chat(model, tokenizer, args.max_new_tokens), [], 0, 0
     for number, turn in enumerate(turns(args), 1):
         reply, kept, new = chat.say(turn)
-        used = chat.cache.state.pool.num_blocks - chat.cache.state.pool.num_free
+        used = chat.cache.state.pool.num_used
         print(f"--- turn {number}: {kept} tokens in the cache, {new} new ones; then {used} blocks in use")
         print(reply if tokenizer.chat_template is not None else f"{turn}[{reply.rstrip()}]")
         replies.append(reply)

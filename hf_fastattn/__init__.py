@@ -15,15 +15,18 @@ from .cache import IMPLEMENTATION, PagedCache
 from .leases import release
 from .linear import optimize_linears, restore_linears
 from .masks import fastattn_mask
+from .stats import CacheStats, plot_blocks
 from .version import __version__
 
 __all__ = [
     "IMPLEMENTATION",
     "BlockPoolExhausted",
+    "CacheStats",
     "PagedCache",
     "__version__",
     "optimize_linears",
     "paged",
+    "plot_blocks",
     "release",
     "restore_linears",
     "unpaged",

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .cache import IMPLEMENTATION, PagedCache
+from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
 from .leases import lease
 from .model_config import text_config
 
@@ -112,8 +112,15 @@ def _make_cache(
         max_cache_length: columns that the call can fill.
         sequences_per_prompt: rows that start from each prompt.
     """
-    cache = PagedCache(model.config, reserve=max(max_cache_length, 1))
-    lease(cache, model)
+    if model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None:
+        sequences_per_prompt = 1  # rows with the same tokens may have different states
+    pool = lease(model, BLOCK_SIZE, text_config(model.config).num_hidden_layers)
+    cache = PagedCache(
+        model.config, reserve=max(max_cache_length, 1), sequences_per_prompt=sequences_per_prompt, pool=pool
+    )
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        cache.state.prompt_columns = mask.shape[1]  # it may come in chunks
     return cache
 
 

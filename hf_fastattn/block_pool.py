@@ -44,6 +44,11 @@ class BlockPool:
         """Blocks without an owner."""
         return sum(length for _, length in self._runs)
 
+    @property
+    def num_used(self) -> int:
+        """Blocks with an owner."""
+        return self.num_blocks - self.num_free
+
     def num_owners(self, block: int) -> int:
         """Return how many sequences own a block."""
         return self._owners[block]
@@ -58,6 +63,10 @@ class BlockPool:
         if num_blocks > first:
             self._owners.extend([0] * (num_blocks - first))
             self._add_run(first, num_blocks - first)
+
+    def replace(self, other: "BlockPool") -> None:
+        """Become what another pool is."""
+        self._owners, self._runs = other._owners, other._runs
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Take count blocks, in one run where there is one.

@@ -7,10 +7,9 @@ mask; so padding is never stored and decoding needs no mask. Under another atten
 that computes with keys and values itself, the same cache stores every column and returns dense tensors.
 """
 
-import copy
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,29 +22,27 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import ops
 from .block_pool import BlockPoolExhausted
 from .handles import Handle, NewStates
+from .kv_pool import KVPool, LayerBlocks, persistent
 from .model_config import last_caching_layer, layer_types, text_config
-from .paged_state import DeviceTables, PagedState, Step, fits, persistent, reuse_blocks
+from .paged_state import DeviceTables, PagedState, Step
+from .stats import CacheStats, cache_stats
 
 IMPLEMENTATION = "fastattn"
 """Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
 
+BLOCK_SIZE = 64
+"""Tokens per block where nobody says otherwise."""
+
 
 class PagedLayer(CacheLayerMixin):
-    """One layer of a :class:`PagedCache`: its part of the block pool.
-
-    Attributes:
-        k_cache, v_cache: (num_blocks, block_size, num_kv_heads, head_dim), None before the first use.
-    """
+    """One layer of a :class:`PagedCache`: its part of the block pool."""
 
     is_croppable = True
     is_sliding = False  # every layer keeps all tokens; a window is applied when attending
 
-    def __init__(self, cache: "PagedCache", layer_idx: int) -> None:
+    def __init__(self, cache: "PagedCache", layer_idx: int, blocks: LayerBlocks) -> None:
         self._cache = weakref.ref(cache)  # no cycle: a cache that nobody holds gives its blocks back at once
-        self.layer_idx = layer_idx
-        self.k_cache: Tensor | None = None
-        self.v_cache: Tensor | None = None
-        self.leased: tuple[Tensor, Tensor] | None = None  # blocks of an earlier cache, taken if they fit
+        self.layer_idx, self.blocks = layer_idx, blocks
         self.is_initialized = False
 
     @property
@@ -54,6 +51,16 @@ class PagedLayer(CacheLayerMixin):
         cache = self._cache()
         assert cache is not None, "a layer of a PagedCache was used after its cache was gone"
         return cache
+
+    @property
+    def k_cache(self) -> Tensor | None:
+        """The layer's keys, (num_blocks, block_size, num_kv_heads, head_dim); None before the first use."""
+        return self.blocks.k_cache if self.is_initialized else None
+
+    @property
+    def v_cache(self) -> Tensor | None:
+        """The layer's values, like :attr:`k_cache`."""
+        return self.blocks.v_cache if self.is_initialized else None
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -81,23 +88,12 @@ class PagedLayer(CacheLayerMixin):
         """Allocate the layer's blocks from the shapes of its first states."""
         state = self.cache.state
         if state.num_seqs == 0:
-            if self.leased is not None and state.num_blocks is None and fits(self.leased[0], key_states):
-                state.pool.grow(len(self.leased[0]))
+            state.memory.drop_misfits(self.layer_idx, key_states)
             with self.cache.explain_exhaustion(key_states):
                 state.add_batch(key_states.shape[0], key_states.shape[2])
         state.on(key_states.device)
-        leased, self.leased = self.leased or (None, None), None
-        self.k_cache, self.v_cache = (
-            reuse_blocks(old, states, (state.pool.num_blocks, state.block_size, states.shape[1], states.shape[3]))
-            for old, states in zip(leased, (key_states, value_states), strict=True)
-        )
+        state.memory.allocate(self.layer_idx, key_states, value_states)
         self.is_initialized = True
-
-    def blocks(self) -> tuple[Tensor, Tensor] | None:
-        """Return the layer's blocks, or those it was to take and has not; None without any."""
-        if self.k_cache is None or self.v_cache is None:
-            return self.leased
-        return self.k_cache, self.v_cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
@@ -162,6 +158,10 @@ class PagedCache(Cache):
             lets generate() compile the decode step; with it, it is only a limit.
         reserve: most tokens per sequence that are expected. A pool without num_blocks then has room for the first
             forward pass and 1024 more tokens, but not for more than this. None: for the first pass and 256 more.
+        sequences_per_prompt: so many consecutive rows of the batch begin with the same tokens (beams, returned
+            sequences): they share the blocks of the first forward pass, which only the first row of each group stores.
+            Nothing is compared: rows that differ there are your error.
+        pool: memory to lie on, which other caches may use too; it brings block_size and num_blocks. None: its own.
 
     Raises:
         ValueError: a bad size, or a model that keeps other state than keys and values (state space, encoder-decoder).
@@ -173,32 +173,34 @@ class PagedCache(Cache):
         self,
         config: PreTrainedConfig,
         *,
-        block_size: int = 64,
+        block_size: int = BLOCK_SIZE,
         num_blocks: int | None = None,
         max_length: int | None = None,
         reserve: int | None = None,
+        sequences_per_prompt: int = 1,
+        pool: KVPool | None = None,
     ) -> None:
         self.config = text_config(config)
         if block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
-        for name, value in (("num_blocks", num_blocks), ("max_length", max_length), ("reserve", reserve)):
+        sizes = {"num_blocks": num_blocks, "max_length": max_length, "reserve": reserve}
+        for name, value in (sizes | {"sequences_per_prompt": sequences_per_prompt}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         types = layer_types(self.config)
         sliding = any(kind.startswith("sliding") for kind in types) or getattr(self.config, "sliding_window", None)
-        self.paged_layers = [PagedLayer(self, i) for i in range(self.config.num_hidden_layers)]
-        self.state = PagedState(block_size, num_blocks, max_length, bool(sliding), self.paged_layers, reserve)
+        if pool is None:
+            pool = KVPool(block_size, num_blocks, [LayerBlocks() for _ in range(self.config.num_hidden_layers)])
+        self.state = PagedState(
+            pool,
+            max_length=max_length,
+            keep_hidden=bool(sliding),
+            reserve=reserve,
+            sequences_per_prompt=sequences_per_prompt,
+        )
+        self.paged_layers = [PagedLayer(self, i, blocks) for i, blocks in enumerate(pool.layers)]
         self.made_dense = "chunked_attention" in types
         super().__init__(layers=list(self.paged_layers))
-
-    def adopt(self, blocks: Sequence[tuple[Tensor, Tensor] | None]) -> None:
-        """Take over the blocks of an earlier cache, as far as they turn out to fit; this one is unused so far.
-
-        Args:
-            blocks: each layer's keys and values, (num_blocks, block_size, num_kv_heads, head_dim); None without any.
-        """
-        for layer, pair in zip(self.paged_layers, blocks, strict=False):
-            layer.leased = pair
 
     @property
     def uses_handles(self) -> bool:
@@ -229,7 +231,11 @@ class PagedCache(Cache):
         assert layer.k_cache is not None and layer.v_cache is not None
         positions = None if step.positions is None else step.positions.to(new.k.device)
         k, v = (new.k.detach(), new.v.detach()) if torch.is_grad_enabled() else (new.k, new.v)
-        ops.store_kv(k, v, layer.k_cache, layer.v_cache, tables.block_table, tables.past_lens, positions=positions)
+        block_table, past_lens = tables.block_table, tables.past_lens
+        if step.group > 1:  # the first of each group stores for all
+            k, v, block_table, past_lens = (x[:: step.group] for x in (k, v, block_table, past_lens))
+            positions = None if positions is None else positions[:: step.group]
+        ops.store_kv(k, v, layer.k_cache, layer.v_cache, block_table, past_lens, positions=positions)
 
     def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
@@ -354,6 +360,29 @@ class PagedCache(Cache):
             with self.explain_exhaustion():
                 self.state.crop(-tokens_to_remove)
 
+    def fork(self, copies: int) -> "PagedCache":
+        """Return a new cache in which every sequence of this one occurs ``copies`` times in a row.
+
+        Both caches lie on one pool and share all blocks so far; a block is copied when somebody writes into it (copy on
+        write), i.e. the partly filled last one. This cache stays as it is and can be forked again: a system prompt is
+        computed once, and forked for each batch of questions.
+
+        Raises:
+            ValueError: copies below 1. BlockPoolExhausted: no room for the partly filled last blocks.
+        """
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        with self.explain_exhaustion():
+            return self._over(self.state.fork([i for i in range(self.state.num_seqs) for _ in range(copies)]))
+
+    def _over(self, state: PagedState) -> "PagedCache":
+        """Return a cache of the same model over another state of the same pool."""
+        twin = PagedCache(self.config, pool=state.memory)
+        twin.state, twin.made_dense = state, self.made_dense
+        for layer, own in zip(twin.paged_layers, self.paged_layers, strict=True):
+            layer.is_initialized = own.is_initialized
+        return twin
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i the old sequence beam_idx[i]: table rows move, keys and values stay (beam search)."""
         self._select(beam_idx.tolist())
@@ -370,12 +399,16 @@ class PagedCache(Cache):
     def activate_past_recording(self) -> None:
         """Nothing to do: every token is kept, so that :meth:`crop` can always go back."""
 
+    def stats(self) -> CacheStats:
+        """Return what the memory is used for: blocks, tokens, bytes, waste, what sharing saves."""
+        return cache_stats(self.state)
+
     def __len__(self) -> int:
         return len(self.layers)
 
     def __repr__(self) -> str:
         state = self.state
-        used = state.pool.num_blocks - state.pool.num_free
+        used = state.pool.num_used
         return (
             f"PagedCache(block_size={state.block_size}, num_blocks={state.pool.num_blocks}, used={used}, "
             f"sequences={state.num_seqs}, columns={state.columns}, layers={len(self.layers)})"
@@ -419,12 +452,9 @@ class PagedCache(Cache):
         return paged
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PagedCache":
-        memo[id(self.config)] = self.config  # the model's own object: both caches follow its attention implementation
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for layer in twin.paged_layers:
-            layer._cache = weakref.ref(twin)
+        twin.__setstate__(self.__getstate__())  # of the model's own config: both follow its attention implementation
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -436,7 +466,7 @@ class PagedCache(Cache):
         self.made_dense = saved["made_dense"]
         self.state.restore(state)
         for layer in self.paged_layers:
-            layer.is_initialized = layer.k_cache is not None
+            layer.is_initialized = layer.blocks.k_cache is not None
 
     def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
         if torch.compiler.is_compiling():
@@ -466,9 +496,8 @@ class PagedCache(Cache):
     def exhausted(self, full: BlockPoolExhausted, states: Tensor | None = None) -> BlockPoolExhausted:
         """Return the error for a full pool with its sizes in tokens and bytes."""
         size = self.state.block_size
-        tensors = [t for layer in self.paged_layers for t in (layer.k_cache, layer.v_cache) if t is not None]
-        per_block = sum(t[0].numel() * t.element_size() for t in tensors)
-        if not tensors and states is not None:
+        per_block = self.state.memory.bytes_per_block
+        if not per_block and states is not None:
             heads, head_dim = states.shape[1], states.shape[3]
             per_block = 2 * len(self.layers) * size * heads * head_dim * states.element_size()
         advice = "max_length" if full.detail else "num_blocks"  # the pool is full, or a sequence is at its limit

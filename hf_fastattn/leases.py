@@ -8,39 +8,24 @@ states of the next cache, layer by layer, so that a model that changed its dtype
 
 import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-if TYPE_CHECKING:
-    from .cache import PagedCache, PagedLayer
+from .kv_pool import KVPool, LayerBlocks
 
-
-@dataclass(frozen=True)
-class _Pool:
-    """Keys and values of every layer, (num_blocks, block_size, num_kv_heads, head_dim) each; None without blocks."""
-
-    layers: list[tuple[Tensor, Tensor] | None]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for blocks in self.layers if blocks is not None for t in blocks)
-
-
-_idle: weakref.WeakKeyDictionary[nn.Module, _Pool] = weakref.WeakKeyDictionary()
+_idle: weakref.WeakKeyDictionary[nn.Module, KVPool] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # reentrant: garbage collection may give a pool back while one is being taken
 
 
-def lease(cache: "PagedCache", model: nn.Module) -> None:
-    """Let a new cache take the model's idle pool, if there is one, and give its blocks back when it is garbage."""
+def lease(model: nn.Module, block_size: int, num_layers: int) -> KVPool:
+    """Return the model's idle pool if it has one, else a new one; it is idle again when nobody uses it any more."""
     with _lock:
         pool = _idle.pop(model, None)
-    if pool is not None:
-        cache.adopt(pool.layers)
-    # The state's end, not the cache's: whatever else shares the state still reads the blocks.
-    weakref.finalize(cache.state, _give_back, weakref.ref(model), cache.paged_layers).atexit = False
+    if pool is None or pool.block_size != block_size or len(pool.layers) != num_layers:
+        pool = KVPool(block_size, None, [LayerBlocks() for _ in range(num_layers)])
+    # The pool's end, not a cache's: forks of a cache use it too.
+    weakref.finalize(pool, _give_back, weakref.ref(model), block_size, pool.layers).atexit = False
+    return pool
 
 
 def release(model: nn.Module | None = None) -> int:
@@ -55,23 +40,26 @@ def release(model: nn.Module | None = None) -> int:
             _idle.clear()
         else:
             _idle.pop(model, None)
-    return sum(pool.num_bytes for pool in pools)
+    return sum(map(_num_bytes, pools))
 
 
 def idle_bytes(model: nn.Module) -> int:
     """Return the size of a model's idle pool, 0 without one."""
     with _lock:
         pool = _idle.get(model)
-    return 0 if pool is None else pool.num_bytes
+    return 0 if pool is None else _num_bytes(pool)
 
 
-def _give_back(model_ref: "weakref.ref[nn.Module]", layers: "Sequence[PagedLayer]") -> None:
-    """Keep the pool of a cache that is gone, unless the model is gone too or has a larger one."""
-    model = model_ref()
-    pool = _Pool([layer.blocks() for layer in layers])
-    if model is None or not pool.num_bytes:
+def _give_back(model_ref: "weakref.ref[nn.Module]", block_size: int, layers: list[LayerBlocks]) -> None:
+    """Keep the blocks of a pool that is gone, unless the model is gone too or has more idle ones."""
+    model, pool = model_ref(), KVPool(block_size, None, layers)
+    if model is None or not _num_bytes(pool):
         return
     with _lock:
         other = _idle.get(model)
-        if other is None or other.num_bytes < pool.num_bytes:
+        if other is None or _num_bytes(other) < _num_bytes(pool):
             _idle[model] = pool
+
+
+def _num_bytes(pool: KVPool) -> int:
+    return sum(t.numel() * t.element_size() for layer in pool.layers for t in layer.tensors)

@@ -6,43 +6,23 @@ host (for allocation) and on each device (for the kernels), and moves from one t
 a forward pass, ``commit`` makes it count. A forward pass that fails between the two leaves the cache as it was.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .block_pool import BlockPool, BlockPoolExhausted, BlockTables
+from .block_pool import BlockPoolExhausted, BlockTables
+from .kv_pool import KVPool, move_blocks, persistent
 
 GROWTH_SLACK = 256
 """Tokens per sequence that an unsized cache makes room for beyond its first forward pass."""
 
 EXPECTED_SLACK = 1024
 """The same where the length that sequences can reach is known, which is then the limit."""
-
-
-class Store(Protocol):
-    """The keys and values of one layer: (num_blocks, block_size, num_kv_heads, head_dim), None before its first use."""
-
-    k_cache: Tensor | None
-    v_cache: Tensor | None
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def persistent(make: Callable[P, T]) -> Callable[P, T]:
-    """Let a function make tensors that outlive a forward pass: none that only inference mode could write to."""
-
-    @functools.wraps(make)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.no_grad():
-            return make(*args, **kwargs)
-
-    return wrapped
 
 
 @dataclass
@@ -57,6 +37,7 @@ class Step:
         mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
         last_layer: the model's last layer, with which the pass ends; None until a layer has said so.
         handles: the masks of the pass were made for handles, so that all its layers have to be given some.
+        group: so many consecutive sequences hold the same tokens, which the first of them stores for all.
     """
 
     query_len: int
@@ -69,6 +50,7 @@ class Step:
     stored: Tensor | None = None  # (num_seqs, columns) bool on the host, None when all columns are stored
     handles: bool = True
     last_layer: int | None = None
+    group: int = 1
 
 
 @dataclass
@@ -81,6 +63,7 @@ class DeviceTables:
         seq_lens: (num_seqs,) int32, the same with the tokens of the current pass.
         columns: () int64, columns of complete forward passes.
         key_mask: (num_seqs, max_blocks * block_size) int8, 0 where a stored token may not be seen; None when all may.
+        shared_prefixes: (at least 1, 4) int32, blocks that neighbours share, see :func:`common_prefixes`; None so far.
     """
 
     block_table: Tensor
@@ -88,34 +71,35 @@ class DeviceTables:
     seq_lens: Tensor
     columns: Tensor
     key_mask: Tensor | None = None
+    shared_prefixes: Tensor | None = None
 
 
 class PagedState:
     """Bookkeeping of one paged cache: see the module's docstring.
 
     Args:
-        block_size: tokens per block.
-        num_blocks: blocks of the pool, fixed; None lets it grow.
+        memory: the pool that the blocks come from; other caches may use it too.
         max_length: tokens that each sequence is given room for at once; None gives blocks as they are needed.
         keep_hidden: store hidden columns too, except before a sequence's first token. A sliding window counts columns.
-        stores: the layers, whose caches are copied when the pool grows or sequences part ways.
         reserve: tokens per sequence that are expected at most, see EXPECTED_SLACK.
+        sequences_per_prompt: so many consecutive sequences begin with the same prompt and share its blocks.
     """
 
     def __init__(
         self,
-        block_size: int,
-        num_blocks: int | None,
+        memory: KVPool,
+        *,
         max_length: int | None,
         keep_hidden: bool,
-        stores: Sequence[Store],
         reserve: int | None = None,
+        sequences_per_prompt: int = 1,
     ) -> None:
-        self.block_size, self.num_blocks, self.max_length = block_size, num_blocks, max_length
-        self.keep_hidden = keep_hidden
-        self.stores, self.reserve = stores, reserve
-        self.pool = BlockPool(num_blocks or 0)
-        self.tables = BlockTables(self.pool, block_size)
+        self.memory, self.pool, self.block_size = memory, memory.ids, memory.block_size
+        self.max_length, self.keep_hidden, self.reserve = max_length, keep_hidden, reserve
+        self.group = sequences_per_prompt
+        self.sharing = self.group > 1
+        self.prompt_columns = 0  # columns in which the sequences of a group are the same; at least the first pass
+        self.tables = BlockTables(self.pool, self.block_size)
         self.devices: dict[torch.device, DeviceTables] = {}
         self.step: Step | None = None
         self.columns = 0
@@ -123,6 +107,9 @@ class PagedState:
         self.stored: Tensor | None = None
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
+        self.prefix_hits = (0, 0)  # tokens asked of a prefix store, tokens that it had
+        memory.users.add(self)
+        weakref.finalize(self, self.tables.release).atexit = False  # others may go on using the pool
 
     @property
     def num_seqs(self) -> int:
@@ -132,19 +119,28 @@ class PagedState:
     @property
     def reserved(self) -> bool:
         """Whether every sequence has blocks for max_length tokens, so that steps allocate nothing."""
-        return self.max_length is not None and self.num_blocks is None
+        return self.max_length is not None and self.memory.num_blocks is None
 
     def add_batch(self, num_seqs: int, query_len: int) -> None:
-        """Make the (empty) sequences of the first forward pass."""
+        """Make the (empty) sequences of the first forward pass.
+
+        Raises:
+            BlockPoolExhausted: no room. ValueError: not a whole number of groups.
+        """
+        if num_seqs % self.group:
+            raise ValueError(f"expected a batch of {self.group} sequences per prompt, got {num_seqs} sequences")
         tokens = query_len + (GROWTH_SLACK if self.reserve is None else EXPECTED_SLACK)
         if self.reserve is not None:
             tokens = max(query_len, min(tokens, self.reserve))
         if self.max_length is not None:
             tokens = self.max_length
-        wanted = num_seqs * self.tables.blocks_for(tokens)
-        if self.num_blocks is None and wanted > self.pool.num_blocks:
-            self.resize(wanted)
-        self.tables.add_rows([tokens if self.reserved else 0] * num_seqs)
+        blocks, group = self.tables.blocks_for(tokens), self._group
+        if self.memory.num_blocks is None:
+            shared = query_len // self.block_size
+            self.memory.make_room(num_seqs // group * (blocks + (group - 1) * (blocks - shared)))
+        self.tables.add_rows([0] * num_seqs)
+        if self.reserved:
+            self.tables.reserve([tokens] * num_seqs, group)
         self.refresh()
 
     def on(self, device: torch.device) -> DeviceTables:
@@ -178,6 +174,9 @@ class PagedState:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
         step = Step(query_len, self.columns == 0, layer_idx)
         self._plan_columns(step, mask, mask_known)
+        if self.sharing and self.columns and self.columns + query_len > self.prompt_columns:
+            self._end_sharing()
+        step.group = self._group
         self._reserve(step.lens)
         for device in self.devices:
             self._plan_on(device, step)
@@ -215,6 +214,8 @@ class PagedState:
         self.tables.lens = step.lens
         self.columns += step.query_len
         self.seen, self.stored = step.seen, step.stored
+        if self.sharing and self.reserved:  # a compiled step that follows cannot do it
+            self._end_sharing()
 
     def sync(self) -> None:
         """Bring the host's counts up to the device's, after compiled steps."""
@@ -236,7 +237,8 @@ class PagedState:
         else:
             stored = self.stored[:, :columns]
             lens = (stored.sum(1) + columns - stored.shape[1]).tolist()
-        self._copy_blocks(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
+        self.memory.copy(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
+        self.sharing = False
         self.columns = columns
         self.stored = None if self.stored is None else self.stored[:, :columns]
         self.seen = None if self.seen is None else self.seen[:, :columns]
@@ -253,7 +255,8 @@ class PagedState:
         if not index:
             self.release()
             return
-        self._copy_blocks(self._growing(lambda: self.tables.select(index)))
+        self.memory.copy(self._growing(lambda: self.tables.select(index)))
+        self.sharing = False
         self.seen = None if self.seen is None else self.seen[list(index)]
         self.stored = None if self.stored is None else self.stored[list(index)]
         for tables in self.devices.values():
@@ -268,6 +271,7 @@ class PagedState:
             tables.key_mask = None
             tables.columns.zero_()
         self.step, self.columns, self.seen, self.stored, self.behind, self.unsynced = None, 0, None, None, False, 0
+        self.sharing = self.group > 1
 
     def refresh(self) -> None:
         """Write the host's tables and lengths to every device, in place where the shapes allow."""
@@ -277,32 +281,60 @@ class PagedState:
                 old.block_table.copy_(self._table(width))
                 old.past_lens.copy_(torch.tensor(self.tables.lens, dtype=torch.int32))
                 old.columns.fill_(self.columns)
+                self._set_shared_prefixes(old, device)
             else:
                 self.devices[device] = self._make_tables(device)
                 if old.key_mask is not None:
                     self.devices[device].key_mask = self._fit_key_mask(old.key_mask, device)
 
-    def resize(self, num_blocks: int) -> None:
-        """Move everything into a pool of num_blocks, each sequence in one run with room to grow."""
-        pool = BlockPool(num_blocks)
-        moved: dict[int, int] = {}
-        owned = [[block for block in row if moved.setdefault(block, i) == i] for i, row in enumerate(self.tables.rows)]
-        for blocks, targets in zip(owned, pool.allocate_rows([len(row) for row in owned]), strict=True):
-            moved.update(zip(blocks, targets, strict=True))  # a shared block moves with its first owner
-        rows = [[moved[block] for block in row] for row in self.tables.rows]
-        for row, own in zip(self.tables.rows, owned, strict=True):
-            pool.share(moved[block] for block in set(row) - set(own))
-        source, target = (
-            torch.tensor(list(moved), dtype=torch.long),
-            torch.tensor(list(moved.values()), dtype=torch.long),
-        )
-        for store in self.stores:
-            if store.k_cache is not None and store.v_cache is not None:
-                store.k_cache = move_blocks(store.k_cache, num_blocks, source, target)
-                store.v_cache = move_blocks(store.v_cache, num_blocks, source, target)
-        self.pool = self.tables.pool = pool
-        self.tables.rows = rows
+    def fork(self, index: Sequence[int]) -> "PagedState":
+        """Return a state whose sequences are copies of the sequences ``index``; they share the blocks, copy on write.
+
+        Raises:
+            BlockPoolExhausted: no room for the partly filled last blocks; nothing was changed.
+        """
+        self.sync()
+        twin = PagedState(self.memory, max_length=self.max_length, keep_hidden=self.keep_hidden, reserve=self.reserve)
+        lens = [self.tables.lens[i] for i in index]
+        twin.adopt([self.tables.rows[i][: self.tables.blocks_for(n)] for i, n in zip(index, lens, strict=True)], lens)
+        twin.columns = self.columns
+        twin.seen = None if self.seen is None else self.seen[list(index)]
+        twin.stored = None if self.stored is None else self.stored[list(index)]
+        for device, tables in self.devices.items():
+            mine = twin.on(device)
+            if tables.key_mask is not None:
+                mine.key_mask = twin._fit_key_mask(self._rows(tables.key_mask, index), device)
+        return twin
+
+    def adopt(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> None:
+        """Become sequences that share blocks which hold their tokens already; self is new.
+
+        Raises:
+            BlockPoolExhausted: no room for the partly filled last blocks; nothing was changed.
+        """
+        self.tables.rows, self.tables.lens = [list(row) for row in rows], list(lens)
+        for row in rows:
+            self.pool.share(row)
+        self.columns, self.sharing = max(lens, default=0), False
+        try:
+            self.memory.copy(self._growing(self.tables.make_tails_private))
+            self._reserve([self.max_length] * len(lens) if self.reserved and self.max_length else lens)
+        except BlockPoolExhausted:
+            self.release()
+            raise
         self.refresh()
+
+    def block_rows(self) -> Sequence[Sequence[int]]:
+        """Return the blocks of each sequence."""
+        return self.tables.rows
+
+    def renumber(self, moved: Mapping[int, int]) -> None:
+        """Follow the pool when it has grown."""
+        self.tables.rows = [[moved.get(block, block) for block in row] for row in self.tables.rows]
+        self.refresh()
+
+    def reclaim(self, count: int) -> None:
+        """Nothing to give: a cache holds no block that it does not need."""
 
     def too_long(self, tokens: int) -> BlockPoolExhausted:
         """Return the error for a sequence that would outgrow max_length."""
@@ -319,7 +351,14 @@ class PagedState:
         place = {block: i for i, block in enumerate(used)}
         ids = torch.tensor(used, dtype=torch.long)
         return {
-            "sizes": {"block_size": self.block_size, "num_blocks": self.num_blocks, "max_length": self.max_length},
+            "sizes": {
+                "block_size": self.block_size,
+                "num_blocks": self.memory.num_blocks,
+                "max_length": self.max_length,
+                "reserve": self.reserve,
+                "sequences_per_prompt": self.group,
+            },
+            "sharing": (self.sharing, self.prompt_columns),
             "total": self.pool.num_blocks,
             "rows": [[place[block] for block in row] for row in rows],
             "lens": self.tables.lens,
@@ -327,8 +366,8 @@ class PagedState:
             "masks": (self.seen, self.stored),
             "key_masks": {device: tables.key_mask for device, tables in self.devices.items()},
             "caches": [
-                tuple(None if c is None else c[ids.to(c.device)] for c in (store.k_cache, store.v_cache))
-                for store in self.stores
+                tuple(None if c is None else c[ids.to(c.device)] for c in (layer.k_cache, layer.v_cache))
+                for layer in self.memory.layers
             ],
         }
 
@@ -341,11 +380,12 @@ class PagedState:
         for row in self.tables.rows:
             self.pool.share(block for block in row if block in owned)
             owned.update(row)
+        self.sharing, self.prompt_columns = saved["sharing"]
         if self.reserved and self.max_length is not None:
-            self.tables.reserve([self.max_length] * self.num_seqs)
+            self.tables.reserve([self.max_length] * self.num_seqs, self._group)
         self.columns, (self.seen, self.stored) = saved["columns"], saved["masks"]
-        for store, caches in zip(self.stores, saved["caches"], strict=True):
-            store.k_cache, store.v_cache = (
+        for layer, caches in zip(self.memory.layers, saved["caches"], strict=True):
+            layer.k_cache, layer.v_cache = (
                 None if c is None else move_blocks(c, saved["total"], torch.arange(len(c)), torch.arange(len(c)))
                 for c in caches
             )
@@ -383,6 +423,10 @@ class PagedState:
         step.seen = torch.cat([before, new], 1)
         step.stored = torch.cat([_extend(self.stored, self.num_seqs, self.columns), stored], 1)
         step.mask = new.to(torch.int8)
+        if self.sharing and not bool((new.unflatten(0, (-1, self.group)) == new[:: self.group, None]).all()):
+            raise ValueError(
+                f"the cache was made for {self.group} sequences per prompt, but their attention masks differ"
+            )
         step.positions = torch.where(stored, past[:, None] + stored.cumsum(1) - 1, -1).to(torch.int32)
         step.lens = (past + stored.sum(1)).tolist()
 
@@ -404,32 +448,33 @@ class PagedState:
     def _reserve(self, lens: Sequence[int]) -> None:
         if self.max_length is not None and max(lens) > self.max_length:
             raise self.too_long(max(lens))
-        if self.num_blocks is None:
-            lacking = self.tables.missing(lens) - self.pool.num_free
-            if lacking > 0:
-                self.resize(self.pool.num_blocks + max(lacking, self.pool.num_blocks // 2))
-        if self.tables.reserve(lens):
+        missing = self.tables.missing(lens, self._group)
+        if missing > self.pool.num_free:
+            self.memory.make_room(missing)
+        if self.tables.reserve(lens, self._group):
             self.refresh()
 
+    @property
+    def _group(self) -> int:
+        """Consecutive sequences that share all their blocks at the moment."""
+        return self.group if self.sharing else 1
+
+    def _end_sharing(self) -> None:
+        """Let the sequences of each group part: the first keeps the partly filled block, the others get copies."""
+        self.memory.copy(self._growing(self.tables.make_tails_private))
+        self.sharing = False
+        self.refresh()
+
     def _growing(self, plan: Callable[[], list[tuple[int, int]]]) -> list[tuple[int, int]]:
-        """Return what plan does; if it lacks blocks and the pool may grow, grow it first."""
+        """Return what plan does; if it lacks blocks and the pool can make room, do it then."""
         try:
             return plan()
         except BlockPoolExhausted as full:
-            if self.num_blocks is not None:
-                raise
-            self.resize(self.pool.num_blocks + full.wanted)
+            try:
+                self.memory.make_room(self.pool.num_free + full.wanted - full.free)
+            except BlockPoolExhausted:
+                raise full from None
             return plan()
-
-    def _copy_blocks(self, copies: Iterable[tuple[int, int]]) -> None:
-        pairs = list(copies)
-        if not pairs:
-            return
-        source, target = torch.tensor(pairs, dtype=torch.long).unbind(1)
-        for store in self.stores:
-            for cache in (store.k_cache, store.v_cache):
-                if cache is not None:
-                    cache[target.to(cache.device)] = cache[source.to(cache.device)]
 
     @persistent
     def _rows(self, mask: Tensor, index: Sequence[int]) -> Tensor:
@@ -452,9 +497,22 @@ class PagedState:
             lens.clone().to(device),
             torch.tensor(self.columns, dtype=torch.int64, device=device),
         )
+        self._set_shared_prefixes(tables, device)
         for tensor in (tables.block_table, tables.past_lens, tables.seq_lens, tables.columns):
             torch._dynamo.mark_static_address(tensor)
         return tables
+
+    @persistent
+    def _set_shared_prefixes(self, tables: DeviceTables, device: torch.device) -> None:
+        """Write the shared prefixes, into the tensor that there is: a captured step reads it."""
+        shared = common_prefixes(self.tables.rows, [n // self.block_size for n in self.tables.lens])
+        if tables.shared_prefixes is None:
+            if not shared:
+                return
+            tables.shared_prefixes = torch.zeros(self.num_seqs - 1, 4, dtype=torch.int32, device=device)
+            torch._dynamo.mark_static_address(tables.shared_prefixes)
+        unused = [[0, 0, 0, 0]] * (len(tables.shared_prefixes) - len(shared))
+        tables.shared_prefixes.copy_(torch.tensor(shared + unused, dtype=torch.int32).view(-1, 4))
 
     @persistent
     def _fit_key_mask(self, old: Tensor | None, device: torch.device) -> Tensor:
@@ -465,39 +523,35 @@ class PagedState:
         return mask
 
 
-@persistent
-def move_blocks(cache: Tensor, num_blocks: int, source: Tensor, target: Tensor) -> Tensor:
-    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
-    new = allocate_blocks(cache, (num_blocks, *cache.shape[1:]))
-    new[target.to(cache.device)] = cache[source.to(cache.device)]
-    return new
+def common_prefixes(rows: Sequence[Sequence[int]], num_full: Sequence[int]) -> list[list[int]]:
+    """Return the blocks that neighbouring sequences share.
 
+    Args:
+        rows: blocks of each sequence.
+        num_full: how many of them are filled by complete forward passes.
 
-def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
-
-    In a CPU's memory all tokens of a head lie together, so that a run of blocks is contiguous per head; on other
-    devices a token's heads lie together.
+    Returns:
+        [first sequence, number of sequences, first block, end block] each, outer levels before inner ones: the blocks
+        first block to end block - 1 of these sequences are the same. At most len(rows) - 1 entries.
     """
-    num_blocks, block_size, num_heads, head_dim = shape
-    if like.device.type == "cpu":
-        blocks = like.new_empty(num_heads, num_blocks, block_size, head_dim).permute(1, 2, 0, 3)
-    else:
-        blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
-    torch._dynamo.mark_static_address(blocks)
-    return blocks
-
-
-def reuse_blocks(old: Tensor | None, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return ``old`` if it is what :func:`allocate_blocks` would make, else new blocks."""
-    if old is not None and old.shape == torch.Size(shape) and fits(old, like):
-        return old
-    return allocate_blocks(like, shape)
-
-
-def fits(blocks: Tensor, states: Tensor) -> bool:
-    """Return whether blocks can hold states, (num_seqs, num_kv_heads, query_len, head_dim), of another model too."""
-    return (blocks.dtype, blocks.device) == (states.dtype, states.device) and blocks.shape[2:] == states.shape[1::2]
+    common = []
+    for (one, two), limit in zip(itertools.pairwise(rows), map(min, num_full, num_full[1:]), strict=True):
+        count = 0
+        if limit and one[0] == two[0]:
+            count = next((i for i in range(limit) if one[i] != two[i]), limit)
+        common.append(count)
+    entries = []
+    todo = [(0, len(rows), 0)]  # sequences first to end - 1, which share the blocks before start
+    while todo:
+        first, end, start = todo.pop(0)
+        inside = common[first : end - 1]
+        cuts = [first, *(first + i + 1 for i, count in enumerate(inside) if count <= start), end]
+        for begin, stop in itertools.pairwise(cuts):
+            if stop - begin > 1:
+                shared = min(common[begin : stop - 1])
+                entries.append([begin, stop - begin, start, shared])
+                todo.append((begin, stop, shared))
+    return entries
 
 
 def _extend(mask: Tensor | None, num_seqs: int, columns: int) -> Tensor:

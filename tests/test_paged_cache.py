@@ -47,7 +47,7 @@ def feed(model, ids, cache, mask=None, steps=None):
 
 
 def used_blocks(cache):
-    return cache.state.pool.num_blocks - cache.state.pool.num_free
+    return cache.state.pool.num_used
 
 
 def picture(cache):
@@ -212,7 +212,7 @@ def test_crop_into_shared_blocks_finds_room_in_a_growing_pool(llama):
     cache = llama.cache()
     llama.fast(tokens(1, 32), past_key_values=cache)
     cache.batch_repeat_interleave(2)
-    cache.state.resize(used_blocks(cache))
+    cache.state.memory.resize(used_blocks(cache))
     assert cache.state.pool.num_free == 0
     cache.crop(-5)
     check_state(cache)

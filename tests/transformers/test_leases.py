@@ -23,11 +23,11 @@ def model():
 
 
 def addresses(cache):
-    return [blocks.data_ptr() for layer in cache.paged_layers for blocks in layer.blocks()]
+    return [blocks.data_ptr() for layer in cache.paged_layers for blocks in layer.blocks.tensors]
 
 
 def pool_bytes(cache):
-    return sum(t.numel() * t.element_size() for layer in cache.paged_layers for t in layer.blocks())
+    return sum(t.numel() * t.element_size() for layer in cache.paged_layers for t in layer.blocks.tensors)
 
 
 def contents(cache):
@@ -242,7 +242,7 @@ def test_model_that_changed_its_dtype_gets_new_blocks(model):
     large = leases.idle_bytes(model)
     model.to(torch.float64)
     out = generate(model, input_ids=prompt())
-    assert {t.dtype for layer in out.past_key_values.paged_layers for t in layer.blocks()} == {torch.float64}
+    assert {t.dtype for layer in out.past_key_values.paged_layers for t in layer.blocks.tensors} == {torch.float64}
     assert pool_bytes(out.past_key_values) < large  # made to measure, not as many blocks as the old pool
     assert leases.idle_bytes(model) == 0
     assert out.sequences.tolist() == expected("llama", "greedy").tokens[0].tolist()
@@ -289,18 +289,48 @@ def test_two_threads_have_a_pool_each(family):
     assert not set(addresses(outputs[0].past_key_values)) & set(addresses(outputs[1].past_key_values))
 
 
-def test_adopted_blocks_of_another_shape_are_not_used(model):
-    """Blocks fit by heads, size and dtype; a cache whose pool is fixed makes its own."""
+def test_idle_pool_of_another_shape_is_not_used(model):
+    """A pool serves caches of its block size and number of layers; a cache whose pool is fixed makes its own."""
     first = generate(model, input_ids=prompt()).past_key_values
-    where, kept = addresses(first), [layer.blocks() for layer in first.paged_layers]  # so that no address comes again
+    where, num_layers = addresses(first), len(first.paged_layers)
+    kept = [layer.blocks.tensors for layer in first.paged_layers]  # so that no address comes again
     del first
-    assert leases.idle_bytes(model)
-    for sizes in ({"num_blocks": 3}, {"block_size": 32}):
-        cache = paged(model, **({"block_size": 64} | sizes))
-        leases.lease(cache, model)
-        generate(model, cache, input_ids=prompt())
-        assert not set(addresses(cache)) & set(where)
-        del cache
+    cache = paged(model, block_size=64, num_blocks=3)
+    generate(model, cache, input_ids=prompt())
+    assert not set(addresses(cache)) & set(where)
+    for block_size, layers in ((32, num_layers), (64, num_layers + 1)):
+        assert leases.idle_bytes(model)
+        assert not any(layer.tensors for layer in leases.lease(model, block_size, layers).layers)
+        generate(model, input_ids=prompt())
     del kept
     with pytest.raises(BlockPoolExhausted):
         generate(model, paged(model, block_size=64, num_blocks=1), input_ids=prompt())
+
+
+def test_fork_keeps_the_pool_of_a_cache_that_is_gone(model):
+    out = generate(model, input_ids=prompt())
+    fork = out.past_key_values.fork(2)
+    size = pool_bytes(fork)
+    del out
+    assert not leases.idle_bytes(model)
+    generate(model, input_ids=prompt())
+    del fork
+    assert leases.idle_bytes(model) >= size
+
+
+@pytest.mark.parametrize(
+    ("options", "group"),
+    [
+        ({"num_beams": 3}, 3),
+        ({"num_beams": 3, "num_return_sequences": 2}, 3),
+        ({"do_sample": True, "num_return_sequences": 4}, 4),
+        ({}, 1),
+    ],
+    ids=str,
+)
+def test_prompt_is_stored_once(model, options, group):
+    """The hook says how many rows start from each prompt."""
+    out = generate(model, input_ids=prompt().repeat(1, 30), **options)
+    stats = out.past_key_values.stats()
+    assert out.past_key_values.state.group == group
+    assert (stats.shared_blocks > 0) == (group > 1)

@@ -1,0 +1,207 @@
+"""The memory behind paged caches: block ids with their owners, and the keys and values of every layer.
+
+Several caches may lie on one pool and share blocks (forks, a prefix store). The one decision: when a pool grows on a
+CPU, its blocks are renumbered so that each sequence lies in one run again, which the CPU reads without a copy; on
+other devices every block keeps its number.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .block_pool import BlockPool, BlockPoolExhausted
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def persistent(make: Callable[P, T]) -> Callable[P, T]:
+    """Let a function make tensors that outlive a forward pass: none that only inference mode could write to."""
+
+    @functools.wraps(make)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **kwargs)
+
+    return wrapped
+
+
+class LayerBlocks:
+    """Keys and values of one layer, (num_blocks, block_size, num_kv_heads, head_dim); None before their first use."""
+
+    def __init__(self, k_cache: Tensor | None = None, v_cache: Tensor | None = None) -> None:
+        self.k_cache, self.v_cache = k_cache, v_cache
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that there are."""
+        return [tensor for tensor in (self.k_cache, self.v_cache) if tensor is not None]
+
+
+class PoolUser(Protocol):
+    """Who holds blocks of a pool: a cache's state, a prefix store."""
+
+    def block_rows(self) -> Sequence[Sequence[int]]:
+        """Return the blocks held, each row to be kept together."""
+        ...
+
+    def renumber(self, moved: Mapping[int, int]) -> None:
+        """Replace every block id by ``moved[id]``; the pool has grown."""
+        ...
+
+    def reclaim(self, count: int) -> None:
+        """Give up to count blocks back that are kept only in case they are wanted again."""
+        ...
+
+
+class KVPool:
+    """Blocks of block_size tokens for every layer.
+
+    Args:
+        block_size: tokens per block.
+        num_blocks: blocks, fixed; None lets the pool grow.
+        layers: blocks that exist already and are free; one entry per layer of the model.
+    """
+
+    def __init__(self, block_size: int, num_blocks: int | None, layers: list[LayerBlocks]) -> None:
+        self.block_size, self.num_blocks, self.layers = block_size, num_blocks, layers
+        sizes = [len(tensor) for layer in layers for tensor in layer.tensors]
+        self.ids = BlockPool(min(sizes, default=0) if num_blocks is None else num_blocks)
+        self.users: weakref.WeakSet[PoolUser] = weakref.WeakSet()
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block in all layers that are in use."""
+        return sum(t[0].numel() * t.element_size() for layer in self.layers for t in layer.tensors)
+
+    def drop_misfits(self, layer: int, k: Tensor) -> None:
+        """Forget blocks that nobody owns and that were made for states of another dtype, device or shape.
+
+        Args:
+            layer: which to look at. k: its first keys, (num_seqs, num_kv_heads, query_len, head_dim).
+        """
+        old = self.layers[layer].k_cache
+        if old is not None and not self._fits(old, k) and self.num_blocks is None and not self.ids.num_used:
+            for blocks in self.layers:
+                blocks.k_cache = blocks.v_cache = None
+            self.ids.replace(BlockPool(0))
+
+    @persistent
+    def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Give a layer its blocks, unless it has some that fit.
+
+        Args:
+            layer: which. k, v: its first states, (num_seqs, num_kv_heads, query_len, head_dim).
+        """
+        blocks = self.layers[layer]
+        blocks.k_cache, blocks.v_cache = (
+            old if old is not None and self._fits(old, states) else self._new(states, states.shape[1::2])
+            for old, states in ((blocks.k_cache, k), (blocks.v_cache, v))
+        )
+
+    def make_room(self, count: int) -> None:
+        """Have at least count free blocks: users give back what they keep in reserve, then the pool grows.
+
+        Raises:
+            BlockPoolExhausted: the pool is fixed and too full.
+        """
+        for user in list(self.users):
+            if self.ids.num_free < count:
+                user.reclaim(count - self.ids.num_free)
+        lacking = count - self.ids.num_free
+        if lacking > 0 and self.num_blocks is not None:
+            raise BlockPoolExhausted(count, self.ids.num_free, self.ids.num_blocks)
+        if lacking > 0:
+            self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
+
+    @persistent
+    def resize(self, num_blocks: int) -> None:
+        """Move everything into num_blocks blocks; if memory runs out on the way, nothing has changed for the users."""
+        users = list(self.users)
+        rows = [row for user in users for row in user.block_rows()]
+        if all(tensor.is_cpu for layer in self.layers for tensor in layer.tensors):
+            ids, moved = _place(rows, num_blocks)
+        else:
+            ids, moved = None, {block: block for row in rows for block in row}
+        source, target = (torch.tensor(list(x), dtype=torch.long) for x in (moved.keys(), moved.values()))
+        done: list[tuple[LayerBlocks, str]] = []
+        try:
+            for layer in self.layers:
+                for name in ("k_cache", "v_cache"):
+                    old = getattr(layer, name)
+                    if old is not None:
+                        setattr(layer, name, move_blocks(old, num_blocks, source, target))
+                        done.append((layer, name))
+        except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors
+            for layer, name in done:  # what has moved goes back to its old place, at the beginning of the longer tensor
+                blocks = getattr(layer, name)
+                blocks[source.to(blocks.device)] = blocks[target.to(blocks.device)]
+                setattr(layer, name, blocks[: self.ids.num_blocks])
+                torch._dynamo.mark_static_address(getattr(layer, name))
+            raise
+        if ids is None:
+            self.ids.grow(num_blocks)
+            moved = {}
+        else:
+            self.ids.replace(ids)
+        for user in users:
+            user.renumber(moved)
+
+    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy blocks in every layer: (source, target) pairs."""
+        pairs = list(pairs)
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs, dtype=torch.long).unbind(1)
+        for layer in self.layers:
+            for cache in layer.tensors:
+                cache[target.to(cache.device)] = cache[source.to(cache.device)]
+
+    def _fits(self, blocks: Tensor, states: Tensor) -> bool:
+        like = (blocks.dtype, blocks.device) == (states.dtype, states.device)
+        return like and blocks.shape[2:] == states.shape[1::2] and len(blocks) >= self.ids.num_blocks
+
+    def _new(self, like: Tensor, heads_and_dim: Sequence[int]) -> Tensor:
+        return allocate_blocks(like, (self.ids.num_blocks, self.block_size, *heads_and_dim))
+
+
+def _place(rows: Sequence[Sequence[int]], num_blocks: int) -> tuple[BlockPool, dict[int, int]]:
+    """Return a new pool and where each block goes: the blocks of a row in one run, with room to grow.
+
+    A block that several rows hold moves with the first of them.
+    """
+    pool = BlockPool(num_blocks)
+    moved: dict[int, int] = {}
+    owned = [[block for block in row if moved.setdefault(block, i) == i] for i, row in enumerate(rows)]
+    for blocks, targets in zip(owned, pool.allocate_rows([len(row) for row in owned]), strict=True):
+        moved.update(zip(blocks, targets, strict=True))
+    for row, own in zip(rows, owned, strict=True):
+        pool.share(moved[block] for block in set(row) - set(own))
+    return pool, moved
+
+
+@persistent
+def move_blocks(cache: Tensor, num_blocks: int, source: Tensor, target: Tensor) -> Tensor:
+    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
+    new = allocate_blocks(cache, (num_blocks, *cache.shape[1:]))
+    new[target.to(cache.device)] = cache[source.to(cache.device)]
+    return new
+
+
+def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
+
+    In a CPU's memory all tokens of a head lie together, so that a run of blocks is contiguous per head; on other
+    devices a token's heads lie together.
+    """
+    num_blocks, block_size, num_heads, head_dim = shape
+    if like.device.type == "cpu":
+        blocks = like.new_empty(num_heads, num_blocks, block_size, head_dim).permute(1, 2, 0, 3)
+    else:
+        blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
+    torch._dynamo.mark_static_address(blocks)
+    return blocks
