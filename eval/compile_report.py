@@ -3,7 +3,8 @@
     python -m eval.compile_report [--arch 80 90 100] [--kernel decode_attention ...] [--json FILE] [--markdown]
 
 Cross-compiles every default launch config of every kernel; needs Triton, no GPU. Exits with 1 and one line per offender
-if a config spills registers or wants more shared memory than a program can have.
+if a config spills registers, wants more shared memory than a program can have, or if decode_attention has less than two
+K/V tiles in flight on sm_80 or sm_90, or fewer over a block table than over contiguous keys.
 """
 
 import argparse
@@ -31,6 +32,9 @@ SHARED_PER_PROGRAM = {80: 166912, 90: 232448, 100: 232448}
 
 SHARED_PER_SM = {80: 167936, 90: 233472, 100: 233472}
 """Shared memory of one multiprocessor, in bytes; each program takes 1 KiB beside its own."""
+
+LEAST_TILES = {80: 2, 90: 2}
+"""K/V tiles that decode_attention must have in flight: one is loaded while another is multiplied."""
 
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
@@ -80,6 +84,23 @@ def offenses(row: Row) -> list[str]:
     limit = SHARED_PER_PROGRAM[row.arch]
     if row.result.shared_bytes > limit:
         found.append(f"{where} wants {row.result.shared_bytes} bytes of shared memory, a program can have {limit}")
+    tiles, least = tiles_in_flight(row), LEAST_TILES.get(row.arch, 0)
+    if row.kernel == "decode_attention" and tiles is not None and tiles < least:
+        found.append(f"{where} has {tiles} K/V tiles in flight, expected at least {least}")
+    return found
+
+
+def shallower_over_blocks(rows: Sequence[Row]) -> list[str]:
+    """Return the paged cases with fewer K/V tiles in flight than their dense twin, one sentence each."""
+    dense = {(row.arch, row.case.removeprefix("dense-")): row for row in rows if row.case.startswith("dense-")}
+    found = []
+    for row in rows:
+        twin = dense.get((row.arch, row.case.partition("-")[2])) if row.case.startswith("paged") else None
+        if twin is not None and (tiles_in_flight(row) or 0) < (tiles_in_flight(twin) or 0):
+            found.append(
+                f"{row.kernel} {row.case} on sm_{row.arch} has {tiles_in_flight(row)} K/V tiles in flight, "
+                f"{tiles_in_flight(twin)} over contiguous keys"
+            )
     return found
 
 
@@ -145,7 +166,7 @@ def report(rows: Sequence[Row], json_file: Path | None = None, markdown: bool = 
             for row in rows
         ]
         json_file.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
-    found = [offense for row in rows for offense in offenses(row)]
+    found = [offense for row in rows for offense in offenses(row)] + shallower_over_blocks(rows)
     for offense in found:
         out(f"FAILED: {offense}\n")
     return 1 if found else 0

@@ -6,7 +6,8 @@ Each implementation is checked before it is timed: on some sequences, heads and 
 from float64 as the plain formula in the timed dtype, plus rounding. One that is further off is reported as WRONG and
 not timed; one that does not take a call is reported with its reason. On a GPU a CUDA graph of calls on rotating copies
 is replayed, so that nothing comes from the L2 cache; the implementations take turns. The roofline is measured in the
-same run: a large copy and a large matrix product. Reading alone can beat a copy, so a fraction can exceed 1 slightly.
+same run: the faster of a large copy and a large sum, and a large matrix product. In a decode cell "fastattn" reuses a
+schedule, as the layers of a model do; the rows beside it make one in each call, share nothing, or take another softmax.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,15 +202,53 @@ def make_inputs(cell: Cell, dtype: torch.dtype, device: torch.device, seed: int)
     return AttentionInputs(cell, q, k, v, table, torch.tensor(cell.lens, dtype=torch.int32, device=device))
 
 
+def shared_entries(cell: DecodeCell | PrefillCell, device: torch.device) -> Tensor | None:
+    """Return the blocks that a cell's sequences share as decode_attention takes them, None if there are none."""
+    shared = cell.shared_prefix // (cell.block_size or 1) if isinstance(cell, DecodeCell) else 0
+    return torch.tensor([[0, len(cell.lens), 0, shared]], dtype=torch.int32, device=device) if shared else None
+
+
 def ours_attention(cell: DecodeCell | PrefillCell, copies: list[AttentionInputs]) -> Prepared:
-    """Call decode_attention or prefill_attention."""
-    options: dict[str, Any] = {} if isinstance(cell, DecodeCell) else {"causal": cell.causal}
-    op = ops.decode_attention if isinstance(cell, DecodeCell) else ops.prefill_attention
+    """Call decode_attention, with a schedule made before the clock starts as for the layers of a model, or prefill."""
+    if isinstance(cell, DecodeCell):
+        return ours_decode("reused", True, cell, copies)
 
     def call(x: AttentionInputs) -> Tensor:
-        return op(x.q, x.k, x.v, softmax_scale=x.scale, block_table=x.block_table, seq_lens=x.seq_lens, **options)
+        tables = {"block_table": x.block_table, "seq_lens": x.seq_lens}
+        return ops.prefill_attention(x.q, x.k, x.v, softmax_scale=x.scale, causal=cell.causal, **tables)
 
     return Prepared([functools.partial(call, x) for x in copies])
+
+
+def ours_decode(schedule: str, sharing: bool, cell: DecodeCell, copies: list[AttentionInputs]) -> Prepared:
+    """Call decode_attention. schedule: "reused", or "each call" makes its own; sharing: of a prefix, where there is."""
+    if not sharing and not cell.shared_prefix:
+        raise ValueError("the sequences share nothing")
+
+    def bind(x: AttentionInputs) -> Callable[[], Tensor]:
+        options: dict[str, Any] = {"block_table": x.block_table, "seq_lens": x.seq_lens}
+        options["shared_prefixes"] = shared_entries(cell, x.q.device) if sharing else None
+        made = ops.decode_schedule(x.q, x.k, x.v, **options) if schedule == "reused" else None
+        return functools.partial(ops.decode_attention, x.q, x.k, x.v, softmax_scale=x.scale, schedule=made, **options)
+
+    return Prepared([bind(x) for x in copies])
+
+
+def ours_softmax(softmax: str, cell: DecodeCell, copies: list[AttentionInputs]) -> Prepared:
+    """Call the decode kernel with one of its kinds of softmax."""
+    if not copies[0].q.is_cuda:
+        raise ValueError("the kinds of softmax are the GPU kernel's")
+    from hf_fastattn.kernels import _decode_plan, decode_attention, decode_schedule
+
+    def bind(x: AttentionInputs) -> Callable[[], Tensor]:
+        entries = shared_entries(cell, x.q.device)
+        config, _ = _decode_plan.make_plan(x.q, x.k, x.v, x.block_table, entries, False)
+        config = replace(config, softmax=softmax)
+        made = decode_schedule.launch(x.q, x.k, x.v, x.block_table, x.seq_lens, entries, ops.NO_WINDOW, False)
+        args = (x.q, x.k, x.v, x.block_table, x.seq_lens, None, None, x.scale, ops.NO_WINDOW, 0.0, entries, made)
+        return functools.partial(decode_attention.launch, *args, config=config)
+
+    return Prepared([bind(x) for x in copies])
 
 
 def sdpa(backend: SDPBackend, cell: DecodeCell | PrefillCell, copies: list[AttentionInputs]) -> Prepared:
@@ -329,6 +368,10 @@ def candidates(op: str, *, with_flex: bool) -> dict[str, Prepare]:
     if with_flex:
         found["flex"] = flex
     if op == "decode":
+        found[f"{OURS}, schedule each call"] = functools.partial(ours_decode, "each call", True)
+        found[f"{OURS}, nothing shared"] = functools.partial(ours_decode, "reused", False)
+        for softmax in ("lazy", "fixed", "online"):
+            found[f"{OURS}, {softmax} softmax"] = functools.partial(ours_softmax, softmax)
         found["xformers splitk"] = xformers_splitk
     return found
 
@@ -466,7 +509,7 @@ def _capture(prepared: Prepared) -> Callable[[], None]:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure copy bandwidth, and the rate of a matrix product in the timed dtype (float32 on a CPU): the best of 5."""
+    """Measure bandwidth and the rate of a matrix product in the timed dtype (float32 on a CPU): the best of 5."""
     on_cuda = device.type == "cuda"
     count = min(2**31 if on_cuda else 2**27, common.free_memory(device) // 4)
     source = torch.ones(count // 4, device=device)
@@ -474,11 +517,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     size = 8192 if on_cuda else 768
     matmul_dtype = dtype if on_cuda else torch.float32
     a, b = (torch.randn(size, size, device=device).to(matmul_dtype) for _ in range(2))
-    cases = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    cases = {"copy": lambda: target.copy_(source), "read": lambda: source.sum(), "matmul": lambda: a @ b}
     timers = {name: make_timer(Prepared([call]), device)[0] for name, call in cases.items()}
     times = common.alternate(timers, 5, label="ceilings")
-    name = f"measured on {common.device_name(device)}: copy, {str(matmul_dtype).removeprefix('torch.')} matmul"
-    return Ceilings(name, 2 * source.nbytes / min(times["copy"]), 2 * size**3 / min(times["matmul"]))
+    rates = {"copy": 2 * source.nbytes / min(times["copy"]), "read": source.nbytes / min(times["read"])}
+    best = max(rates, key=lambda name: rates[name])
+    name = f"measured on {common.device_name(device)}: {best}, {str(matmul_dtype).removeprefix('torch.')} matmul"
+    return Ceilings(name, rates[best], 2 * size**3 / min(times["matmul"]))
 
 
 def measure_cell(
@@ -522,7 +567,7 @@ def measure_cell(
             unit="TFLOP/s" if cell.op == "prefill" else "GB/s",
             fraction=least.seconds / spread.median,
         )
-    rivals = [row["us"] for name, row in rows.items() if name != OURS and "us" in row]
+    rivals = [row["us"] for name, row in rows.items() if not name.startswith(OURS) and "us" in row]
     if rivals and "us" in rows.get(OURS, {}):
         rows[OURS]["x_best_rival"] = min(rivals) / rows[OURS]["us"]
     return list(rows.values())

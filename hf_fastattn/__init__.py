@@ -12,9 +12,11 @@ from .attention import fastattn_attention
 from .auto import paged, unpaged
 from .block_pool import BlockPoolExhausted
 from .cache import IMPLEMENTATION, PagedCache
+from .generate import generate
 from .leases import release
 from .linear import optimize_linears, restore_linears
 from .masks import fastattn_mask
+from .prefix_store import PrefixStats, PrefixStore
 from .stats import CacheStats, plot_blocks
 from .version import __version__
 
@@ -23,7 +25,10 @@ __all__ = [
     "BlockPoolExhausted",
     "CacheStats",
     "PagedCache",
+    "PrefixStats",
+    "PrefixStore",
     "__version__",
+    "generate",
     "optimize_linears",
     "paged",
     "plot_blocks",

@@ -383,6 +383,32 @@ class PagedCache(Cache):
             layer.is_initialized = own.is_initialized
         return twin
 
+    def keep_prefix(self, old_ids: Tensor, new_ids: Tensor) -> int:
+        """Cut the cache back to what it shares with new prompts, so that nothing stale is used.
+
+        Args:
+            old_ids: (num_seqs, at least the cache's columns) the tokens that it was filled with, padding included.
+            new_ids: (num_seqs, columns) the prompts to come, padded alike; at least one of their columns is left to be
+                computed.
+
+        Returns:
+            The columns kept.
+
+        Raises:
+            ValueError: shapes that do not fit the cache.
+        """
+        columns = self.get_seq_length()
+        if old_ids.shape[0] != new_ids.shape[0] or old_ids.shape[1] < columns or old_ids.shape[0] != self.batch_size:
+            raise ValueError(
+                f"expected the tokens of {self.batch_size} sequences and {columns} columns, and as many new ones, got "
+                f"{tuple(old_ids.shape)} and {tuple(new_ids.shape)}"
+            )
+        shared = max(min(columns, new_ids.shape[1] - 1), 0)
+        same = (old_ids[:, :shared] == new_ids[:, :shared].to(old_ids.device)).all(0)
+        kept = int(same.cumprod(0).sum())
+        self.crop(kept - columns)
+        return kept
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i the old sequence beam_idx[i]: table rows move, keys and values stay (beam search)."""
         self._select(beam_idx.tolist())

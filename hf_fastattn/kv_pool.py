@@ -104,19 +104,20 @@ class KVPool:
         )
 
     def make_room(self, count: int) -> None:
-        """Have at least count free blocks: users give back what they keep in reserve, then the pool grows.
+        """Have at least count free blocks: the pool grows, or, if it is fixed, users give up what they keep in reserve.
 
         Raises:
             BlockPoolExhausted: the pool is fixed and too full.
         """
+        lacking = count - self.ids.num_free
+        if lacking > 0 and self.num_blocks is None:
+            self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
+            return
         for user in list(self.users):
             if self.ids.num_free < count:
                 user.reclaim(count - self.ids.num_free)
-        lacking = count - self.ids.num_free
-        if lacking > 0 and self.num_blocks is not None:
+        if self.ids.num_free < count:
             raise BlockPoolExhausted(count, self.ids.num_free, self.ids.num_blocks)
-        if lacking > 0:
-            self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
 
     @persistent
     def resize(self, num_blocks: int) -> None:

@@ -108,6 +108,7 @@ class PagedState:
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
         self.prefix_hits = (0, 0)  # tokens asked of a prefix store, tokens that it had
+        self.prefix_root: Any = None  # the store's key for what was asked of it
         memory.users.add(self)
         weakref.finalize(self, self.tables.release).atexit = False  # others may go on using the pool
 
@@ -296,8 +297,8 @@ class PagedState:
         self.sync()
         twin = PagedState(self.memory, max_length=self.max_length, keep_hidden=self.keep_hidden, reserve=self.reserve)
         lens = [self.tables.lens[i] for i in index]
-        twin.adopt([self.tables.rows[i][: self.tables.blocks_for(n)] for i, n in zip(index, lens, strict=True)], lens)
-        twin.columns = self.columns
+        rows = [self.tables.rows[i][: self.tables.blocks_for(n)] for i, n in zip(index, lens, strict=True)]
+        twin.adopt(rows, lens, seen=torch.ones(len(index), self.columns, dtype=torch.bool))
         twin.seen = None if self.seen is None else self.seen[list(index)]
         twin.stored = None if self.stored is None else self.stored[list(index)]
         for device, tables in self.devices.items():
@@ -306,8 +307,12 @@ class PagedState:
                 mine.key_mask = twin._fit_key_mask(self._rows(tables.key_mask, index), device)
         return twin
 
-    def adopt(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> None:
+    def adopt(self, rows: Sequence[Sequence[int]], lens: Sequence[int], *, seen: Tensor) -> None:
         """Become sequences that share blocks which hold their tokens already; self is new.
+
+        Args:
+            rows: blocks of each sequence. lens: its tokens.
+            seen: (num_seqs, columns) bool on the host, the columns that the tokens stand in.
 
         Raises:
             BlockPoolExhausted: no room for the partly filled last blocks; nothing was changed.
@@ -315,7 +320,8 @@ class PagedState:
         self.tables.rows, self.tables.lens = [list(row) for row in rows], list(lens)
         for row in rows:
             self.pool.share(row)
-        self.columns, self.sharing = max(lens, default=0), False
+        self.columns, self.sharing = seen.shape[1], False
+        self.seen = self.stored = None if bool(seen.all()) else seen
         try:
             self.memory.copy(self._growing(self.tables.make_tails_private))
             self._reserve([self.max_length] * len(lens) if self.reserved and self.max_length else lens)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from hf_fastattn import BlockPoolExhausted, PagedCache, paged_state
+from hf_fastattn import BlockPoolExhausted, PagedCache, kv_pool, paged_state
 from tests.tiny import TOLERANCE, VOCAB_SIZE, assert_logits, make_pair
 
 BRIEF = settings(
@@ -32,7 +32,7 @@ def check_state(cache: PagedCache) -> None:
     """Assert what holds for every cache between forward passes."""
     state = cache.state
     pool, rows, lens = state.pool, state.tables.rows, state.tables.lens
-    owners = Counter(block for row in rows for block in row)
+    owners = Counter(block for user in state.memory.users for row in user.block_rows() for block in row)
     assert [pool.num_owners(block) for block in range(pool.num_blocks)] == [owners[i] for i in range(pool.num_blocks)]
     free = [block for start, length in pool._runs for block in range(start, start + length)]
     assert free == [block for block in range(pool.num_blocks) if not owners[block]]
@@ -67,6 +67,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.random = torch.Generator().manual_seed(seed)
         self.slack, paged_state.GROWTH_SLACK = paged_state.GROWTH_SLACK, 5  # the pool has to grow now and then
         self.cache = self.pair.cache(**self.sizes)
+        self.others = []  # forks, on the same pool
         self.forget()
 
     def teardown(self):
@@ -183,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(keep_original=st.booleans())
     def deepcopy(self, keep_original):
         twin = copy.deepcopy(self.cache)
-        used, other = (self.cache, twin) if keep_original else (twin, self.cache)
+        used, other = (self.cache, twin) if keep_original or self.others else (twin, self.cache)
         with torch.no_grad():  # whatever happens to one of them is not seen by the other
             self.attempt(lambda: self.pair.fast(past_key_values=other, **self.more_tokens(7)))
         for layer in other.paged_layers:
@@ -191,6 +192,58 @@ class CacheMachine(RuleBasedStateMachine):
             layer.v_cache.fill_(float("nan"))
         other.reset()
         self.cache = used
+
+    @precondition(lambda self: self.columns > 0)
+    @rule(copies=st.integers(1, 2), keep_original=st.booleans(), first=st.booleans())
+    def fork(self, copies, keep_original, first):
+        """Two caches on one pool: what one of them does is not seen by the other."""
+        if self.batch * copies > MAX_BATCH:
+            return
+        forks = []
+        if not self.attempt(lambda: forks.append(self.cache.fork(copies))):
+            return
+        index = torch.arange(self.batch).repeat_interleave(copies)
+        with torch.no_grad():
+            if keep_original:
+                ids = {key: value[index] for key, value in self.more_tokens(9).items()}
+                other = forks[0]
+            else:
+                ids, other, self.cache = self.more_tokens(9), self.cache, forks[0]
+                self.choose(index)
+            if first:  # else the other only holds its blocks
+                self.attempt(lambda: self.pair.fast(past_key_values=other, **ids))
+        self.others.append(other)
+
+    @precondition(lambda self: self.others)
+    @rule()
+    def drop_others(self):
+        self.others.clear()
+        self.state_is_consistent()
+
+    @precondition(lambda self: 0 < self.columns < MAX_COLUMNS - 5)
+    @rule(count=st.integers(1, 4), length=st.integers(1, 20))
+    def failing_allocation(self, count, length):
+        """Memory runs out in the middle of the pool's growth, if it grows: nothing has changed."""
+        move, calls = kv_pool.move_blocks, []
+
+        def fail(*args):
+            calls.append(1)
+            if len(calls) == count:
+                raise torch.OutOfMemoryError("as planned")
+            return move(*args)
+
+        before = [list(row) for row in self.cache.state.tables.rows], self.cache.get_seq_length()
+        kv_pool.move_blocks = fail
+        try:
+            with torch.no_grad():
+                self.cache.fork(1)
+                self.pair.fast(past_key_values=copy.deepcopy(self.cache), **self.more_tokens(length))
+                self.cache.fork(3)
+        except (torch.OutOfMemoryError, BlockPoolExhausted):
+            pass
+        finally:
+            kv_pool.move_blocks = move
+        assert self.cache.get_seq_length() == before[1]
 
     @precondition(lambda self: self.columns > 0)
     @rule()

@@ -217,6 +217,17 @@ def test_a_shared_prefix_lies_in_the_same_blocks():
     assert sorted(own + table[0][:2]) == list(range(6))
 
 
+def test_decode_is_measured_with_and_without_what_it_shares():
+    cell = DecodeCell((40, 40), **SMALL, block_size=16, shared_prefix=32)
+    assert kernels.shared_entries(cell, CPU).tolist() == [[0, 2, 0, 2]]
+    rows = measure(cell, kernels.candidates("decode", with_flex=False))
+    assert rows[f"{OURS}, nothing shared"]["status"] == rows[f"{OURS}, schedule each call"]["status"] == "ok"
+    assert "kernel's" in rows[f"{OURS}, lazy softmax"]["status"]
+    assert rows[OURS]["x_best_rival"] <= rows["sdpa math"]["us"] / rows[OURS]["us"]  # our own rows are no rivals
+    alone = measure(DECODE, kernels.candidates("decode", with_flex=False))
+    assert alone[f"{OURS}, nothing shared"]["status"] == "not available: the sequences share nothing"
+
+
 def test_a_rival_that_raises_is_a_row():
     def raises(cell, copies):
         raise RuntimeError("does not like\nthis")

@@ -562,6 +562,26 @@ def test_attention_ops_are_well_registered(name, paged):
     torch.library.opcheck(getattr(torch.ops.hf_fastattn, name).default, (*args, call.key_mask, torch.zeros(4), *tail))
 
 
+def test_decode_is_well_registered_with_all_its_arguments():
+    call = Call((40, 37), query_len=2)
+    call.block_table[1, :2] = call.block_table[0, :2]
+    entries = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32)
+    args = [call.q, call.k.nan_to_num(), call.v.nan_to_num(), call.block_table, call.seq_lens, None, None, 0.3, 99, 0.0]
+    schedule = torch.empty(0, 0, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.hf_fastattn.decode_attention.default, (*args, entries, schedule, True))
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_decode_with_shared_prefixes_and_a_schedule(query_len):
+    call = Call((50, 37, 20), query_len=query_len)
+    call.block_table[1, :2] = call.block_table[0, :2]
+    call.options["shared_prefixes"] = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]], dtype=torch.int32)
+    paged = {"block_table": call.block_table, "seq_lens": call.seq_lens}
+    schedule = ops.decode_schedule(call.q, call.k, call.v, shared_prefixes=call.options["shared_prefixes"], **paged)
+    call.options |= {"schedule": schedule, "batch_invariant": query_len == 3}
+    call.check("decode_attention")
+
+
 def test_store_is_well_registered():
     store = Store()
     caches = [cache.zero_() for cache in store.caches]

@@ -44,6 +44,7 @@ class CompileCase:
         num_stages: depth of the software pipeline.
         info: what the report shows beside the result. ``tile_bytes``: bytes of one K and V tile pair, whose share of
             the shared memory is the number of tiles in flight (absent: not shown).
+        maxnreg: most registers per thread, None for what ptxas chooses.
     """
 
     name: str
@@ -54,6 +55,7 @@ class CompileCase:
     num_warps: int
     num_stages: int
     info: dict[str, object] = field(default_factory=dict)
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def case_from_call(
     num_warps: int,
     num_stages: int,
     info: Mapping[str, object],
+    maxnreg: int | None = None,
 ) -> CompileCase:
     """Return the case that a launch ``kernel[grid](*args, **constexprs)`` compiles, specialised as Triton would.
 
@@ -112,7 +115,7 @@ def case_from_call(
         aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
         if aligned and not parameter.do_not_specialize:
             divisible.append(parameter.name)
-    return CompileCase(name, kernel, signature, constants, tuple(divisible), num_warps, num_stages, dict(info))
+    return CompileCase(name, kernel, signature, constants, tuple(divisible), num_warps, num_stages, dict(info), maxnreg)
 
 
 def compile_case(case: CompileCase, arch: int) -> CompileResult:
@@ -125,7 +128,7 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
     compiled = triton.compile(
         _source(case),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg},
     )
     ptx = compiled.asm["ptx"]
     return read_result(ptx, _assemble(ptx, arch), compiled.metadata.shared)

@@ -24,3 +24,17 @@ def load_ahead(ptr, ASM: tl.constexpr):
     else:
         value = tl.load(ptr).to(tl.int32)
     return value
+
+
+@triton.jit
+def skip_zeros(ptr, stride, first_tile, end_tile, end, TILE: tl.constexpr):
+    """Return the first tile that holds a non-zero byte before end; end_tile if none does. 1024 bytes are one load."""
+    position = first_tile * TILE
+    none = end_tile * TILE
+    found = none
+    while (position < tl.minimum(none, end)) & (found == none):
+        index = position + tl.arange(0, 1024)
+        value = tl.load(ptr + index * stride, mask=index < tl.minimum(none, end), other=0)
+        found = tl.min(tl.where(value != 0, index, none), 0)
+        position += 1024
+    return found // TILE

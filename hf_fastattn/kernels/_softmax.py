@@ -31,6 +31,37 @@ def softmax_step(scores, scale, m_i, l_i):
     return p, alpha, m_new, l_i * alpha + tl.sum(p, 1)
 
 
+HEADROOM = tl.constexpr(8.0)
+"""How far (exp2 domain) a score may exceed its row's reference before lazy_softmax_step moves the reference."""
+
+
+@triton.jit
+def lazy_softmax_step(scores, scale, m_i, l_i, acc):
+    """Take one tile of scores into sums that keep their reference while it fits: exact for any scores.
+
+    A reference is at most HEADROOM below the largest score so far and never above it, so that no exp2 overflows (fp16:
+    2**8 of 65504) and the largest weight is at least 1. Only the tile's largest excess crosses threads; the sums stay
+    apart by column until the end.
+
+    Args:
+        scores, scale: as in softmax_step.
+        m_i: [M] fp32, the references (exp2 domain, at least MIN_MAXIMUM).
+        l_i: [M, N] fp32, sums by column of what came before; acc: [M, D] fp32.
+
+    Returns:
+        p [M, N], m_i, l_i, acc.
+    """
+    excess = tl.max(tl.max(scores * scale - m_i[:, None], 1), 0)
+    if excess > HEADROOM:
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+        alpha = tl.math.exp2(m_i - m_new)
+        l_i *= alpha[:, None]
+        acc *= alpha[:, None]
+        m_i = m_new
+    p = tl.math.exp2(scores * scale - m_i[:, None])
+    return p, m_i, l_i + p, acc
+
+
 @triton.jit
 def tanh_from_log2(x):
     """Return tanh(y) for ``x = 2 * log2(e) * y``: no overflow for any x, absolute error about 1e-7."""

@@ -1,12 +1,13 @@
-"""FlashDecoding in Triton: the keys of a sequence are split over programs, whose partial results are then combined.
+"""Decoding attention in Triton: one launch, evenly cut work, blocks, shared prefixes read once, asynchronous softmax.
 
-Source: Dao et al., "Flash-Decoding for long-context inference", 2023. The one decision: a launch depends on sizes that
-the host knows (heads, table width, SMs), never on lengths. Each program reads its sequence's length and takes an equal
-share of it, so that one captured launch serves every step and a short sequence uses all of its programs.
+FlashDecoding (Dao et al., 2023) splits the keys of a sequence, PagedAttention (Kwon et al., 2023) keeps them in blocks,
+FlashDecoding++ (Hong et al., 2024) frees the pieces of a softmax from each other. Here a fixed grid of programs walks
+over equal ranges of all the KV tiles of a step (kernels/decode_schedule.py), whatever the lengths, and the last program
+to arrive at a result combines its pieces (kernels/_decode_combine.py).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,68 +15,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM, NO_WINDOW
+from hf_fastattn.ops.shapes import NO_WINDOW
 
-from ._launch import Unsupported, device_arch
-from ._loads import load_ahead
-from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
+from . import decode_schedule
+from ._decode_combine import arrive, combine, first_row, store_out, store_partial
+from ._decode_list import MAX_PIECES, ROWS_AT, own_piece, program_words, range_begin, segment_words
+from ._decode_plan import DecodeConfig, Plan, config, make_plan, pad_dim, supports
+from ._decode_tiles import attend
+from ._launch import Unsupported
+from ._loads import skip_zeros
+from ._softmax import LOG2_E
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-MAX_SPLITS = 128
-"""Most programs that share the keys of one sequence and head: the combine holds a partial result of each at once."""
-
-_SPLIT_UNSPECIALIZED = ["window", "query_len", "max_len", "stride_mask_seq"]
+_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "shared_rows", "stride_mask_seq"]
 
 
-@triton.jit
-def _oldest_key(seq_len, query_len, window):
-    """Return the first key that the first query may see. No sum leaves int32: the neutral window is 2**31-1."""
-    return tl.maximum(tl.maximum(seq_len - query_len, 0) + 1 - window, 0)
-
-
-@triton.jit
-def _tile_range(split, num_splits, oldest, seq_len, BLOCK_N: tl.constexpr):
-    """Return first and end of the KV tiles of a split: whole tiles, equal shares of those that some query may see."""
-    low = oldest // BLOCK_N
-    count = tl.cdiv(seq_len, BLOCK_N) - low
-    return low + split * count // num_splits, low + (split + 1) * count // num_splits
-
-
-@triton.jit
-def _normalize(acc, m_i, l_i, sink_ptr, mask):
-    """Return acc / l_i with the sink's probability in the denominator; 0 for a row without keys.
-
-    acc: [ROWS, BLOCK_DV] fp32; m_i, l_i: [ROWS] fp32; sink_ptr: [ROWS] pointers to logits, or None; mask: [ROWS], which
-    of them to read.
-    """
-    if sink_ptr is not None:
-        sink = tl.load(sink_ptr, mask=mask, other=0.0).to(tl.float32) * LOG2_E
-        m_all = tl.maximum(m_i, sink)
-        scale = tl.math.exp2(m_i - m_all)
-        acc *= scale[:, None]
-        l_i = l_i * scale + tl.math.exp2(sink - m_all)
-    return acc * (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
-
-
-@triton.jit(do_not_specialize=_SPLIT_UNSPECIALIZED)
-def _split_kernel(
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _decode_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
     acc_ptr,
     stats_ptr,
+    schedule_ptr,
     block_table_ptr,
     seq_lens_ptr,
     key_mask_ptr,
     sinks_ptr,
     scale_log2,
     cap_log2,
+    phi_log2,
     window,
     query_len,
     max_len,
+    num_seqs,
+    num_shared,
+    shared_rows,
     num_kv_heads,
     stride_q_seq,
     stride_q_head,
@@ -97,225 +75,137 @@ def _split_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     KV_BLOCK_SIZE: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LEAST_SUM: tl.constexpr,
+    LARGEST_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    SLOT_ROWS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Attend one tile of rows to one split of one sequence's keys.
+    """Do one program's range of the shared list, then of the sequences' own, piece by piece.
 
-    Grid (num_seqs * num_kv_heads * row tiles, num_splits). Rows are (query, head of the group) pairs of one kv head.
-    Pointers: q (num_seqs, heads, query_len, HEAD_DIM); k, v (blocks, slots, kv heads, dim), where a dense sequence is
-    one block (block_table_ptr None); without acc_ptr out (num_seqs, query_len, heads, V_HEAD_DIM) is written, else acc
-    (rows of out, num_splits, V_HEAD_DIM) and stats (rows of out, num_splits, [m_i, l_i]), both fp32. Carried in fp32:
-    m_i, l_i, acc. A split without tiles leaves its partial result unwritten; the combine does not read it.
+    A piece is a run of KV tiles of one unit: a kv head and a tile of rows, which are (sequence, query, head of the
+    group) triples. Grid (num_programs,), the one that the schedule was made for. Pointers: q (num_seqs, heads,
+    query_len, HEAD_DIM); k, v (blocks, slots, kv heads, dim), where a dense sequence is one block (block_table_ptr
+    None); out (num_seqs, query_len, heads, V_HEAD_DIM); acc (partial rows, V_HEAD_DIM) and stats (partial rows, [m_i,
+    l_i]), both fp32. A slot without a piece stays unwritten; the combine does not read it.
     """
-    split = tl.program_id(1)
-    num_splits = tl.num_programs(1)
-    row_tiles = tl.cdiv(query_len * GROUP, BLOCK_M)
-    row_tile = tl.program_id(0) % row_tiles
-    kv_head = tl.program_id(0) // row_tiles % num_kv_heads
-    seq = (tl.program_id(0) // row_tiles // num_kv_heads).to(tl.int64)
-    seq_len = max_len if seq_lens_ptr is None else tl.minimum(tl.load(seq_lens_ptr + seq), max_len)
-    oldest = _oldest_key(seq_len, query_len, window)
-    first, last = _tile_range(split, num_splits, oldest, seq_len, BLOCK_N)
-    if acc_ptr is not None:  # noqa: SIM102 - this is known when compiling, the rest is not
-        if first >= last:
-            return
-
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    i = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = rows // GROUP
-    head = kv_head * GROUP + rows % GROUP
-    position = seq_len - query_len + query  # [BLOCK_M], negative where the sequence is shorter than its queries
-    real = query < query_len
-    q_ptrs = q_ptr + seq * stride_q_seq + head.to(tl.int64) * stride_q_head + query * stride_q_query
-    q_mask = real[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptrs[:, None] + offs_d[None, :] * stride_q_dim, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    k_ptr += kv_head.to(tl.int64) * stride_k_head
-    v_ptr += kv_head.to(tl.int64) * stride_v_head
-    if block_table_ptr is not None:
-        block_table_ptr += seq * stride_table_seq
-    if key_mask_ptr is not None:
-        key_mask_ptr += seq * stride_mask_seq
+    for work_list in range(0 if HAS_SHARED else 1, 2):
+        is_shared = work_list == 0
+        index = programs - 1 - program if is_shared else program
+        list_end = range_begin(index + 1, tl.load(schedule_ptr + work_list), programs)
+        item = tl.load(program_words(schedule_ptr, program) + work_list * 2)
+        segment = tl.load(program_words(schedule_ptr, program) + work_list * 2 + 1)
+        while item < list_end:
+            rows = tl.load(schedule_ptr + ROWS_AT)  # here, so that nothing made of it lives in registers meanwhile
+            row_tiles = tl.cdiv(rows, BLOCK_M)
+            members_per_tile = tl.maximum(BLOCK_M // rows, 1)
+            words = segment_words(schedule_ptr, segment)
+            behind = item - tl.load(words)
+            low = tl.load(words + 1)
+            num_tiles = tl.load(words + 2)
+            first_seq = tl.load(words + 3)
+            member_tiles = tl.cdiv(tl.load(words + 4), members_per_tile)
+            key_begin = tl.load(words + 5)
+            key_end = tl.load(words + 6)
+            alone = tl.load(words + 7) < 0
+            unit = behind // num_tiles
+            first = behind % num_tiles
+            if INVARIANT:
+                end = tl.minimum(first + own_piece(num_tiles), num_tiles)
+            else:
+                end = tl.minimum(first + list_end - item, num_tiles)
+            row_tile = unit % row_tiles
+            member_tile = unit // row_tiles % member_tiles
+            kv_head = unit // (row_tiles * member_tiles)
 
-    m_i = tl.full([BLOCK_M], MIN_MAXIMUM, tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for tile in tl.range(first, last):
-        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (key >= oldest) & (key < seq_len)
-        if block_table_ptr is None:
-            block, slot = seq, key.to(tl.int64)
-        else:
-            # One id for a tile that lies in one block, else one per key.
-            known = tile * BLOCK_N if KV_BLOCK_SIZE >= BLOCK_N else key
-            known = tl.maximum(tl.minimum(known, seq_len - 1), 0)
-            id_ptr = block_table_ptr + known // KV_BLOCK_SIZE * stride_table_block
-            block = tl.maximum(load_ahead(id_ptr, ASM), 0).to(tl.int64)
-            slot = key % KV_BLOCK_SIZE
-        k_ptrs = k_ptr + block * stride_k_block + slot * stride_k_slot  # [BLOCK_N]
-        v_ptrs = v_ptr + block * stride_v_block + slot * stride_v_slot
-        k_mask = inside[None, :]
-        if HEAD_DIM != BLOCK_D:
-            k_mask &= (offs_d < HEAD_DIM)[:, None]
-        k = tl.load(k_ptrs[None, :] + offs_d[:, None] * stride_k_dim, mask=k_mask, other=0.0)  # [BLOCK_D, BLOCK_N]
+            row = row_tile * BLOCK_M + i % rows
+            seq = first_seq + member_tile * members_per_tile + i // rows  # [BLOCK_M]
+            members = tl.minimum(tl.load(words + 4) - member_tile * members_per_tile, members_per_tile)
+            real = (i // rows < members) & (row < rows)
+            seq_len = max_len
+            if seq_lens_ptr is not None:
+                seq_len = tl.minimum(tl.load(seq_lens_ptr + seq, mask=real, other=0), max_len)
+            position = seq_len - query_len + row // GROUP  # negative where a sequence is shorter than its queries
+            head = kv_head * GROUP + row % GROUP
+            q_rows = seq.to(tl.int64) * stride_q_seq + head.to(tl.int64) * stride_q_head + row // GROUP * stride_q_query
+            q = tl.load(
+                q_ptr + q_rows[:, None] + offs_d[None, :] * stride_q_dim,
+                mask=real[:, None] & (offs_d < HEAD_DIM)[None, :],
+                other=0.0,
+            )  # [BLOCK_M, BLOCK_D]
+            one_seq = first_seq.to(tl.int64)
+            head_k_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
+            head_v_ptr = v_ptr + kv_head.to(tl.int64) * stride_v_head
+            table_ptr = None if block_table_ptr is None else block_table_ptr + one_seq * stride_table_seq
+            mask_ptr = None if key_mask_ptr is None else key_mask_ptr + one_seq * stride_mask_seq
+            first_tile = low + first
+            if key_mask_ptr is not None:  # left padding is not read
+                first_tile = skip_zeros(mask_ptr, stride_mask_key, first_tile, low + end, key_end, BLOCK_N)
+            # fmt: off
+            acc, m_i, l_i, largest = attend(
+                q, head_k_ptr, head_v_ptr, table_ptr, mask_ptr, first_tile, low + end, key_begin, key_end, position,
+                one_seq, scale_log2, cap_log2, phi_log2, window, stride_k_block, stride_k_slot, stride_k_dim,
+                stride_v_block, stride_v_slot, stride_v_dim, stride_table_block, stride_mask_key, HEAD_DIM, V_HEAD_DIM,
+                KV_BLOCK_SIZE, HAS_SOFTCAP, SOFTMAX, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, None, ASM,
+            )
+            if SOFTMAX == "fixed":
+                fits = (largest <= LARGEST_WEIGHT) & (l_i >= LEAST_SUM)  # false for NaN
+                if tl.sum((real & ~fits).to(tl.int32), 0) > 0:
+                    acc, m_i, l_i, largest = attend(
+                        q, head_k_ptr, head_v_ptr, table_ptr, mask_ptr, first_tile, low + end, key_begin, key_end,
+                        position, one_seq, scale_log2, cap_log2, phi_log2, window, stride_k_block, stride_k_slot,
+                        stride_k_dim, stride_v_block, stride_v_slot, stride_v_dim, stride_table_block, stride_mask_key,
+                        HEAD_DIM, V_HEAD_DIM, KV_BLOCK_SIZE, HAS_SOFTCAP, "online", BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                        1, ASM,
+                    )
+            # fmt: on
 
-        scores = tl.dot(q, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N] fp32
-        if HAS_SOFTCAP:
-            scores = tanh_from_log2(scores * scale_log2)
-        if key_mask_ptr is not None:
-            known = tl.maximum(tl.minimum(key, seq_len - 1), 0)
-            inside &= load_ahead(key_mask_ptr + known * stride_mask_key, ASM) != 0
-        behind = position[:, None] - key[None, :]
-        visible = (behind >= 0) & (behind < window) & inside[None, :]
-        scores = tl.where(visible, scores, -float("inf"))
-        p, alpha, m_i, l_i = softmax_step(scores, cap_log2 if HAS_SOFTCAP else scale_log2, m_i, l_i)
-
-        v_mask = inside[:, None]  # a slot that no query sees must not be read: 0 * NaN is NaN
-        if V_HEAD_DIM != BLOCK_DV:
-            v_mask &= (offs_dv < V_HEAD_DIM)[None, :]
-        v = tl.load(v_ptrs[:, None] + offs_dv[None, :] * stride_v_dim, mask=v_mask, other=0.0)  # [BLOCK_N, BLOCK_DV]
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-
-    row = (seq * query_len + query) * num_kv_heads * GROUP + head  # [BLOCK_M], of out
-    out_mask = real[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
-    if acc_ptr is None:
-        sink_ptr = sinks_ptr + head if sinks_ptr is not None else None
-        out = _normalize(acc, m_i, l_i, sink_ptr, real).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row[:, None] * V_HEAD_DIM + offs_dv[None, :], out, mask=out_mask)
-    else:
-        part = row * num_splits + split
-        tl.store(acc_ptr + part[:, None] * V_HEAD_DIM + offs_dv[None, :], acc, mask=out_mask)
-        tl.store(stats_ptr + part * 2, m_i, mask=real)
-        tl.store(stats_ptr + part * 2 + 1, l_i, mask=real)
-
-
-@triton.jit(do_not_specialize=["window", "query_len", "max_len", "num_splits"])
-def _combine_kernel(
-    out_ptr,
-    acc_ptr,
-    stats_ptr,
-    seq_lens_ptr,
-    sinks_ptr,
-    window,
-    query_len,
-    max_len,
-    num_heads,
-    num_splits,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    """Join the partial results of one row of out, BLOCK_DV of its dimensions.
-
-    Grid (num_seqs * query_len * num_heads, chunks of V_HEAD_DIM). Pointers as in _split_kernel, with the num_splits and
-    BLOCK_N of its launch, from which the splits that wrote nothing are known.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    seq = row // (query_len * num_heads)
-    seq_len = max_len if seq_lens_ptr is None else tl.minimum(tl.load(seq_lens_ptr + seq), max_len)
-    splits = tl.arange(0, BLOCK_SPLITS)
-    oldest = _oldest_key(seq_len, query_len, window)
-    first, last = _tile_range(splits, num_splits, oldest, seq_len, BLOCK_N)
-    written = (splits < num_splits) & (first < last)
-    part = row * num_splits + splits
-    m_part = tl.load(stats_ptr + part * 2, mask=written, other=MIN_MAXIMUM)  # [BLOCK_SPLITS]
-    l_part = tl.load(stats_ptr + part * 2 + 1, mask=written, other=0.0)
-    offs_dv = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    acc_mask = written[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
-    acc = tl.load(acc_ptr + part[:, None] * V_HEAD_DIM + offs_dv[None, :], mask=acc_mask, other=0.0)
-
-    m_i = tl.max(m_part, 0)
-    weight = tl.math.exp2(m_part - m_i)
-    l_i = tl.sum(l_part * weight, 0)
-    acc = tl.sum(acc * weight[:, None], 0)[None, :]  # [1, BLOCK_DV]
-    lane = tl.arange(0, 1)  # the row as a tile of one
-    sink_ptr = sinks_ptr + row % num_heads + lane if sinks_ptr is not None else None
-    out = _normalize(acc, m_i + lane, l_i + lane, sink_ptr, lane == 0)
-    out_ptrs = out_ptr + row * V_HEAD_DIM + offs_dv[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_dv < V_HEAD_DIM)[None, :])
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Shape of one program of the split kernel.
-
-    Attributes:
-        block_m: rows, i.e. (query, head of the group) pairs of one kv head; a power of two.
-        block_n: keys per tile; a power of two.
-        num_warps: warps per program.
-        num_stages: K/V tiles loaded ahead, plus one.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def config(
-    arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int, block_size: int | None
-) -> DecodeConfig:
-    """Return the launch config of a size: tiles of about 32 KiB of K and V, as deep a pipeline as shared memory allows.
-
-    Chosen by compiling (registers, spills, shared memory), not yet by measuring.
-
-    Args:
-        arch: 80, 90 or 100, see device_arch.
-        head_dim, v_head_dim: of q and k, and of v.
-        dtype: of q, k and v.
-        rows: queries per sequence times query heads per kv head.
-        block_size: of a paged call, None for a dense one.
-    """
-    dims = _pad(head_dim) + _pad(v_head_dim)
-    block_n = min(max(_floor_power_of_2(32768 // (dims * dtype.itemsize)), 16), 128)
-    if block_size is not None and block_size >= 64:
-        block_n = min(block_n, block_size)  # one block id per tile
-    widest = 16 if dtype == torch.float32 else 64  # fp32 has no tensor cores: its operands live in registers
-    block_m = min(triton.next_power_of_2(max(rows, 4)), widest)
-    num_warps = 8 if block_m == widest else 4
-    return DecodeConfig(block_m, block_n, num_warps, num_stages=3 if arch == 80 else 4)
-
-
-@functools.lru_cache(maxsize=1024)
-def choose_num_splits(num_programs: int, max_tiles: int, num_sms: int) -> int:
-    """Return the smallest number of splits that fills the GPU nearly as well as any.
-
-    Args:
-        num_programs: programs without a split, i.e. sequences times kv heads times row tiles.
-        max_tiles: KV tiles of the longest sequence that the block table or the keys have room for.
-        num_sms: multiprocessors of the device; two programs run on each at a time.
-    """
-    slots = 2 * num_sms
-    limit = max(min(max_tiles, MAX_SPLITS), 1)
-    filled = [num_programs * n / (-(-num_programs * n // slots) * slots) for n in range(1, limit + 1)]
-    return next(n for n, share in enumerate(filled, 1) if share >= 0.85 * max(filled))
-
-
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None = None,
-    seq_lens: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    *_others: object,
-) -> str | None:
-    """Return why the kernel cannot do a call, whose arguments are launch's, or None if it can."""
-    if q.dtype not in KERNEL_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q, k and v must share one dtype of float16, bfloat16, float32, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        return f"head sizes go to {MAX_HEAD_DIM}, got {q.shape[3]} for q and k, {v.shape[3]} for v"
-    if block_table is not None and (k.shape[1] & (k.shape[1] - 1) or not 16 <= k.shape[1] <= 256):
-        return f"block_size must be a power of two from 16 to 256, got {k.shape[1]}"
-    if key_mask is not None and key_mask.dtype not in (torch.bool, torch.int8, torch.uint8):
-        return f"key_mask must be int8 or bool, got {key_mask.dtype}"
-    return None
+            if alone & (end - first == num_tiles) & (work_list == 1):
+                store_out(
+                    *(out_ptr, sinks_ptr, acc, m_i, l_i, seq, row, kv_head, query_len, real, num_kv_heads),
+                    *(GROUP, V_HEAD_DIM, BLOCK_DV),
+                )
+            else:
+                if INVARIANT:
+                    piece = unit * (MAX_PIECES - 1) + first // own_piece(num_tiles)
+                    units = num_kv_heads * row_tiles * MAX_PIECES
+                else:
+                    piece = index
+                    units = num_kv_heads * row_tiles
+                    if is_shared:
+                        units *= tl.cdiv(num_seqs, members_per_tile)
+                begin, _ = first_row(
+                    is_shared, segment, unit, piece, units, 0, rows, num_shared, shared_rows, BLOCK_M, SLOT_ROWS
+                )
+                store_partial(acc_ptr, stats_ptr, acc, m_i, l_i, begin + i, real, V_HEAD_DIM, BLOCK_DV)
+                first_seq += member_tile * members_per_tile
+                complete = arrive(
+                    schedule_ptr, first_seq, members, end - first, kv_head, row_tile, row_tiles, num_kv_heads, MEMBERS
+                )
+                if tl.max(complete, 0) > 0:
+                    for member in range(members):
+                        if tl.max(tl.where(tl.arange(0, MEMBERS) == member, complete, 0), 0) > 0:
+                            combine(
+                                *(out_ptr, sinks_ptr, acc_ptr, stats_ptr, schedule_ptr, first_seq + member, kv_head),
+                                *(row_tile, rows, query_len, num_seqs, num_shared, num_kv_heads, shared_rows),
+                                *(GROUP, V_HEAD_DIM, BLOCK_M, BLOCK_DV, SLOT_ROWS, INVARIANT, AT_ONCE),
+                            )
+            item += end - first
+            if behind + end - first == num_tiles * num_kv_heads * row_tiles * member_tiles:
+                segment += 1
 
 
 def launch(
@@ -329,54 +219,76 @@ def launch(
     softmax_scale: float,
     window: int,
     softcap: float,
+    shared_prefixes: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
     *,
     config: DecodeConfig | None = None,
-    num_splits: int | None = None,
+    num_programs: int | None = None,
 ) -> Tensor:
     """Run hf_fastattn::decode_attention, whose arguments these are, on the device of q.
 
     Args:
-        config, num_splits: for tests and sweeps, instead of what config and choose_num_splits return.
+        config, num_programs: for tests and sweeps, instead of the config of the sizes and a grid that fills the device.
 
     Returns:
         (num_seqs, query_len, num_heads, v's head_dim), contiguous.
 
     Raises:
         Unsupported: see supports.
+        ValueError: the schedule was made for other sizes.
     """
-    reason = supports(q, k, v, block_table, seq_lens, key_mask)
+    reason = supports(q, k, v, block_table, key_mask)
     if reason is not None:
         raise Unsupported(f"decode_attention: {reason}")
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
     if out.numel() == 0 or max_len == 0 or (key_mask is not None and key_mask.shape[1] == 0):
         return out.zero_()
-    options = (softmax_scale, window, softcap, config, num_splits)
+    cfg, plan = make_plan(
+        q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
+    )
+    if schedule is None:
+        schedule = decode_schedule.launch(
+            *(q, k, v, block_table, seq_lens, shared_prefixes, window, batch_invariant),
+            config=cfg,
+            num_programs=plan.num_programs,
+        )
+    if tuple(schedule.shape) != plan.shape:
+        raise ValueError(
+            f"expected a schedule of shape {plan.shape} for these sizes, got {tuple(schedule.shape)}: "
+            "decode_schedule must be given the same shapes, shared_prefixes and batch_invariant"
+        )
     seq_lens = None if seq_lens is None else seq_lens.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
+    call = _call(
+        *(cfg, plan, q, k, v, out, schedule, block_table, seq_lens, key_mask, sinks, max_len),
+        *(softmax_scale, window, softcap),
+    )
     with torch.cuda.device_of(q):
-        for call in _calls(q, k, v, out, block_table, seq_lens, key_mask, sinks, max_len, *options):
-            call.kernel[call.grid](*call.args, **call.constants, num_warps=call.num_warps, num_stages=call.num_stages)
+        call.kernel[call.grid](*call.args, **call.constants, **call.options)
     return out
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One launch of one kernel, ready to be made or, on meta tensors, to be compiled only."""
+    """The launch of a call, ready to be made or, on meta tensors, to be compiled only."""
 
     kernel: Any
-    grid: tuple[int, int]
+    grid: tuple[int]
     args: tuple[object, ...]
     constants: dict[str, object]
-    num_warps: int = 4
-    num_stages: int = 1
+    options: dict[str, int | None]
 
 
-def _calls(
+def _call(
+    cfg: DecodeConfig,
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    schedule: Tensor,
     block_table: Tensor | None,
     seq_lens: Tensor | None,
     key_mask: Tensor | None,
@@ -385,81 +297,57 @@ def _calls(
     softmax_scale: float,
     window: int,
     softcap: float,
-    launch_config: DecodeConfig | None,
-    num_splits: int | None,
-) -> list[_Call]:
-    """Return the launches of a call: the split kernel, and the combine if there is more than one split."""
+) -> _Call:
+    """Return the launch of a call."""
     num_seqs, num_heads, query_len, head_dim = q.shape
-    v_head_dim = v.shape[3]
-    block_size = None if block_table is None else k.shape[1]
+    v_head_dim, num_kv_heads = v.shape[3], plan.num_kv_heads
     if block_table is None:  # as one block per sequence: (block, slot, kv head, dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    num_kv_heads = k.shape[2]
-    rows = num_heads // num_kv_heads * query_len
-    cfg = launch_config or config(device_arch(q.device), head_dim, v_head_dim, q.dtype, rows, block_size)
-    num_programs = num_seqs * num_kv_heads * triton.cdiv(rows, cfg.block_m)
-    if num_splits is None:
-        max_tiles = triton.cdiv(min(max_len, window + query_len + cfg.block_n - 2), cfg.block_n)
-        num_splits = choose_num_splits(num_programs, max_tiles, _num_sms(q.device))
-    acc = stats = None
-    if num_splits > 1:
-        acc = q.new_empty(num_seqs * query_len * num_heads, num_splits, v_head_dim, dtype=torch.float32)
-        stats = q.new_empty(num_seqs * query_len * num_heads, num_splits, 2, dtype=torch.float32)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = key_mask.view(torch.int8)
+    acc = q.new_empty(plan.partial_rows, v_head_dim, dtype=torch.float32)
+    stats = q.new_empty(plan.partial_rows, 2, dtype=torch.float32)
     scale = softmax_scale * LOG2_E.value
-    split_args = (
-        *(q, k, v, out, acc, stats, block_table, seq_lens, key_mask, sinks),
+    args = (
+        *(q, k, v, out, acc, stats, schedule, block_table, seq_lens, key_mask, sinks),
         *((2.0 * scale / softcap, softcap * LOG2_E.value) if softcap > 0.0 else (scale, 0.0)),
-        *(min(window, NO_WINDOW), query_len, max_len, num_kv_heads),
+        *(cfg.phi * LOG2_E.value, min(window, NO_WINDOW), query_len, max_len),
+        *(num_seqs, plan.num_shared, plan.shared_rows, num_kv_heads),
         *(*q.stride(), *k.stride(), *v.stride()),
         *((0, 0) if block_table is None else block_table.stride()),
         *((0, 0) if key_mask is None else key_mask.stride()),
     )
-    split_constants = {
+    fp16 = q.dtype == torch.float16
+    constants = {
         "GROUP": num_heads // num_kv_heads,
         "HEAD_DIM": head_dim,
         "V_HEAD_DIM": v_head_dim,
-        "KV_BLOCK_SIZE": block_size,
+        "KV_BLOCK_SIZE": None if block_table is None else k.shape[1],
+        "HAS_SHARED": plan.num_shared > 0,
         "HAS_SOFTCAP": softcap > 0.0,
+        "INVARIANT": plan.batch_invariant,
+        "SOFTMAX": cfg.softmax,
+        "LEAST_SUM": 1.0 if fp16 else 2.0**-60,
+        "LARGEST_WEIGHT": 2.0**15 if fp16 else 2.0**60,
         "BLOCK_M": cfg.block_m,
         "BLOCK_N": cfg.block_n,
-        "BLOCK_D": _pad(head_dim),
-        "BLOCK_DV": _pad(v_head_dim),
+        "BLOCK_D": pad_dim(head_dim),
+        "BLOCK_DV": pad_dim(v_head_dim),
+        "SLOT_ROWS": plan.slot_rows,
+        "MEMBERS": triton.next_power_of_2(plan.members_per_tile) if plan.num_shared else 1,
+        "AT_ONCE": max(4096 // (plan.slot_rows * pad_dim(v_head_dim)), 1),
         "ASM": not triton.knobs.runtime.interpret and torch.version.hip is None,
     }
-    calls = [
-        _Call(_split_kernel, (num_programs, num_splits), split_args, split_constants, cfg.num_warps, cfg.num_stages)
-    ]
-    if num_splits > 1:
-        block_splits = triton.next_power_of_2(num_splits)
-        block_dv = min(_pad(v_head_dim), max(4096 // block_splits, 16))
-        grid = (num_seqs * query_len * num_heads, triton.cdiv(v_head_dim, block_dv))
-        args = (out, acc, stats, seq_lens, sinks, min(window, NO_WINDOW), query_len, max_len, num_heads, num_splits)
-        tiles = {"BLOCK_N": cfg.block_n, "BLOCK_SPLITS": block_splits, "BLOCK_DV": block_dv}
-        calls.append(_Call(_combine_kernel, grid, args, {"V_HEAD_DIM": v_head_dim, **tiles}))
-    return calls
-
-
-def _floor_power_of_2(number: int) -> int:
-    return 1 << (number.bit_length() - 1)
-
-
-def _pad(dim: int) -> int:
-    """Return the tile size of a head size: a power of two that tl.dot takes."""
-    return max(triton.next_power_of_2(dim), 16)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
+    if torch.version.hip is None:
+        options["maxnreg"] = cfg.maxnreg
+    return _Call(_decode_kernel, (plan.num_programs,), args, constants, options)
 
 
 def compile_cases(arch: int) -> list["CompileCase"]:
     """Return the launches to compile for an architecture, with the arguments that the launcher itself would make.
 
-    32 query heads over 8 kv heads and 1 to 32 queries, so that a kv head has 4 to 128 rows; 7 splits, or one where
-    every option is on.
+    32 query heads over 8 kv heads and 1 to 32 queries, so that a kv head has 4 to 128 rows.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     sizes = [
@@ -471,43 +359,47 @@ def compile_cases(arch: int) -> list["CompileCase"]:
         *((fp32, head_dim, 4, 64) for head_dim in (64, 128)),
         (fp32, 128, 32, None),
     ]
-    cases = [_compile_cases(arch, *size)[0] for size in sizes]
     return [
-        *cases,
-        *_compile_cases(arch, bf16, 128, 32, 16, every_option=True),
-        *_compile_cases(arch, bf16, 256, 4, 64)[1:],
+        *(_compile_case(arch, *size) for size in sizes),
+        _compile_case(arch, bf16, 128, 32, 16, every_option=True),
+        *(_compile_case(arch, bf16, 128, 4, 64, softmax=softmax) for softmax in ("fixed", "online")),
+        *(_compile_case(arch, bf16, head_dim, 4, 64, num_shared=8) for head_dim in (64, 128, 256)),
+        _compile_case(arch, bf16, 128, 4, 64, batch_invariant=True),
     ]
 
 
-def _compile_cases(
-    arch: int, dtype: torch.dtype, head_dim: int, rows: int, block_size: int | None, every_option: bool = False
-) -> list["CompileCase"]:
-    """Return the cases of the kernels of one call. every_option: key mask, sinks, softcap, and no split."""
+def _compile_case(
+    arch: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    block_size: int | None,
+    *,
+    every_option: bool = False,
+    softmax: str | None = None,
+    num_shared: int = 0,
+    batch_invariant: bool = False,
+) -> "CompileCase":
+    """Return the case of one call. every_option: key mask, sinks and softcap."""
     from ._compile import case_from_call  # no launch needs the compiler's tools
 
     meta = functools.partial(torch.empty, device="meta", dtype=dtype)
-    query_len, max_blocks = rows // 4, 64
-    q, out = meta(2, 32, query_len, head_dim), meta(2, query_len, 32, head_dim)
-    k = meta(2, 8, 4096, head_dim) if block_size is None else meta(256, block_size, 8, head_dim)
-    table = None if block_size is None else meta(2, max_blocks, dtype=torch.int32)
-    lens = None if block_size is None else meta(2, dtype=torch.int32)
+    num_seqs, query_len, max_blocks = 16, rows // 4, 64
+    q, out = meta(num_seqs, 32, query_len, head_dim), meta(num_seqs, query_len, 32, head_dim)
+    k = meta(num_seqs, 8, 4096, head_dim) if block_size is None else meta(2048, block_size, 8, head_dim)
+    table = None if block_size is None else meta(num_seqs, max_blocks, dtype=torch.int32)
+    lens = None if block_size is None else meta(num_seqs, dtype=torch.int32)
+    shared = meta(num_shared, 4, dtype=torch.int32) if num_shared else None
     max_len = 4096 if block_size is None else max_blocks * block_size
-    key_mask, sinks = (meta(2, max_len, dtype=torch.int8), meta(32)) if every_option else (None, None)
-    softcap, num_splits = (30.0, 1) if every_option else (0.0, 7)
-    cfg = config(arch, head_dim, head_dim, dtype, rows, block_size)
-    options = (max_len, head_dim**-0.5, NO_WINDOW, softcap, cfg, num_splits)
+    key_mask, sinks = (meta(num_seqs, max_len, dtype=torch.int8), meta(32)) if every_option else (None, None)
+    cfg = config(arch, head_dim, head_dim, dtype, rows, block_size, num_seqs if num_shared else 1)
+    cfg = cfg if softmax is None else replace(cfg, softmax=softmax)
+    _, plan = make_plan(q, k, k, table, shared, batch_invariant, config=cfg, num_programs=264)
+    options = (max_len, head_dim**-0.5, NO_WINDOW, 30.0 if every_option else 0.0)
+    call = _call(cfg, plan, q, k, k, out, meta(*plan.shape, dtype=torch.int32), table, lens, key_mask, sinks, *options)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     name = f"{'dense' if block_size is None else f'paged{block_size}'}-{name}-d{head_dim}-rows{rows}"
-    info = {"tile_bytes": 2 * cfg.block_n * _pad(head_dim) * dtype.itemsize, "config": cfg}
-    return [
-        case_from_call(
-            f"combine-{name}" if call.kernel is _combine_kernel else f"{name}-all" if every_option else name,
-            call.kernel,
-            call.args,
-            call.constants,
-            call.num_warps,
-            call.num_stages,
-            {} if call.kernel is _combine_kernel else info,
-        )
-        for call in _calls(q, k, k, out, table, lens, key_mask, sinks, *options)
-    ]
+    name += "-all" * every_option + "-shared" * bool(num_shared) + "-invariant" * batch_invariant
+    name += f"-{softmax}" if softmax else ""
+    info = {"tile_bytes": 2 * cfg.block_n * pad_dim(head_dim) * dtype.itemsize, "config": cfg}
+    return case_from_call(name, call.kernel, call.args, call.constants, info=info, **call.options)

@@ -1,15 +1,16 @@
 """decode_attention: FlashDecoding over a block table, for the last few queries of each sequence.
 
-Source: Dao et al., "Flash-Decoding for long-context inference", 2023 (split the keys, combine the partial results),
-over PagedAttention's blocks (Kwon et al., 2023). The one decision: lengths and tables are read on the device, so
-that one captured launch serves every step.
+Sources: Dao et al., "Flash-Decoding for long-context inference", 2023 (split the keys, combine the partial results);
+Kwon et al., 2023 (PagedAttention's blocks); Hong et al., 2024 (FlashDecoding++: pieces of a softmax that do not wait
+for each other). The one decision: lengths, tables and sharing are read on the device, so that one captured launch
+serves every step.
 """
 
 from torch import Tensor
 
 from ._library import define_op
 from ._torch import attend_dense, attend_paged
-from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention
+from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
 
 
 def decode_attention(
@@ -24,6 +25,9 @@ def decode_attention(
     sinks: Tensor | None = None,
     window: int = NO_WINDOW,
     softcap: float = 0.0,
+    shared_prefixes: Tensor | None = None,
+    schedule: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Attend the last ``query_len`` (1 to 32) positions of each sequence to its keys, causally.
 
@@ -43,6 +47,16 @@ def decode_attention(
         sinks: (num_heads,) a learned logit per head that takes part in the softmax and has no value (gpt-oss).
         window: sliding window in tokens, the query's own included.
         softcap: ``softcap * tanh(score / softcap)`` on the scaled scores (Gemma 2); 0 is off.
+        shared_prefixes: (num_shared, 4) int32, [first_row, num_rows, first_block, end_block]: sequences first_row ..
+            first_row + num_rows - 1 have the same block ids in the columns first_block .. end_block - 1 of block_table,
+            which are full and lie before the first query of each of them. num_rows 0 marks an unused entry. The ranges
+            of a sequence's entries do not overlap; the first begins at column 0 and each begins where one ends. Their
+            blocks are read once for all their sequences: a hint that changes no result beyond rounding. Not with
+            key_mask.
+        schedule: what :func:`decode_schedule` returned for these lengths, sizes, window, shared_prefixes and
+            batch_invariant; one serves all layers that are alike, one after the other. None: made for this call.
+        batch_invariant: cut a sequence's keys by its own length alone, so that its result is bitwise the same whatever
+            it is batched with; shared_prefixes is ignored then. On a CPU it changes nothing.
 
     Returns:
         (num_seqs, query_len, num_heads, v's head_dim), contiguous, dtype and device of q.
@@ -56,12 +70,15 @@ def decode_attention(
     tests/interpret/test_decode_attention.py.
     """
     check_attention(q, k, v, block_table, seq_lens, key_mask, sinks)
+    if shared_prefixes is not None:
+        check_shared_prefixes(shared_prefixes, block_table, key_mask)
     if q.shape[2] > MAX_DECODE_QUERY_LEN:
         raise ValueError(
             f"decode_attention takes at most {MAX_DECODE_QUERY_LEN} queries per sequence, got {q.shape[2]}: "
             "use prefill_attention"
         )
-    return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, softmax_scale, window, softcap)
+    options = (softmax_scale, window, softcap, shared_prefixes, schedule, batch_invariant)
+    return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, *options)
 
 
 def _torch_decode_attention(
@@ -75,6 +92,9 @@ def _torch_decode_attention(
     softmax_scale: float,
     window: int,
     softcap: float,
+    shared_prefixes: Tensor | None = None,
+    _schedule: Tensor | None = None,
+    _batch_invariant: bool = False,
 ) -> Tensor:
     if block_table is None or seq_lens is None:
         return attend_dense(
@@ -93,6 +113,7 @@ def _torch_decode_attention(
         causal=True,
         window=window,
         softcap=softcap,
+        shared_prefixes=shared_prefixes,
     )
 
 
@@ -103,7 +124,8 @@ def _fake_decode_attention(q: Tensor, k: Tensor, v: Tensor, *_args: object) -> T
 _OP = define_op(
     "decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor? block_table, Tensor? seq_lens, Tensor? key_mask, Tensor? sinks, "
-    "float softmax_scale, int window, float softcap) -> Tensor",
+    "float softmax_scale, int window, float softcap, Tensor? shared_prefixes=None, Tensor? schedule=None, "
+    "bool batch_invariant=False) -> Tensor",
     _torch_decode_attention,
     _fake_decode_attention,
 )

@@ -53,3 +53,15 @@ def check_attention(
         keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
         if key_mask.dim() != 2 or key_mask.shape[0] != q.shape[0] or (block_table is None and key_mask.shape[1] < keys):
             raise ValueError(f"expected key_mask ({q.shape[0]}, at least {keys} keys), got {tuple(key_mask.shape)}")
+
+
+def check_shared_prefixes(shared_prefixes: Tensor, block_table: Tensor | None, key_mask: Tensor | None) -> None:
+    """Raise ValueError or TypeError if shared prefixes do not belong to a call (O(1), no device access)."""
+    if block_table is None:
+        raise ValueError("shared_prefixes needs a block_table: dense keys share no blocks")
+    if key_mask is not None:
+        raise ValueError("shared_prefixes and key_mask do not go together: pass one of them")
+    if shared_prefixes.dim() != 2 or shared_prefixes.shape[1] != 4:
+        raise ValueError(f"expected shared_prefixes (num_shared, 4), got {tuple(shared_prefixes.shape)}")
+    if shared_prefixes.dtype != torch.int32:
+        raise TypeError(f"shared_prefixes must be int32, got {shared_prefixes.dtype}")

@@ -22,6 +22,7 @@ from eval.compile_report import (
     offenses,
     programs_per_sm,
     report,
+    shallower_over_blocks,
     table,
     tiles_in_flight,
 )
@@ -115,6 +116,14 @@ def test_decode_keeps_as_many_tiles_in_flight_over_blocks_as_over_dense_keys(arc
     assert paged.result.async_copies >= dense.result.async_copies > 0
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("softmax", ["", "-fixed", "-online", "-shared", "-invariant"])
+def test_every_kind_of_decode_has_two_tiles_in_flight(arch, softmax):
+    row = row_of("decode_attention", f"paged64-bf16-d128-rows4{softmax}", arch)
+    assert tiles_in_flight(row) >= 2
+    assert not offenses(row)
+
+
 def test_a_key_mask_keeps_the_pipeline():
     row = row_of("decode_attention", "paged16-bf16-d128-rows32-all", 90)
     assert tiles_in_flight(row) >= 2
@@ -153,6 +162,24 @@ def test_a_bad_row_fails_the_report_with_one_line_each(capsys, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("FAILED: ")]) == 2
     assert [row["result"]["spill_stores"] for row in json.loads(file.read_text(encoding="utf-8"))] == [0, 8]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "found"), [("decode_attention", 90, 1), ("decode_attention", 100, 0), ("x", 90, 0)]
+)
+def test_a_shallow_decode_pipeline_is_reported(kernel, arch, found):
+    lines = offenses(dataclasses.replace(with_result(shared_bytes=40000), kernel=kernel, arch=arch))
+    assert len(lines) == found
+    assert all("has 1 K/V tiles in flight, expected at least 2" in line for line in lines)
+
+
+def test_blocks_that_cost_depth_are_reported(capsys):
+    dense = dataclasses.replace(GOOD, case="dense-bf16-d128")
+    shallow = with_result(shared_bytes=70000)
+    assert shallower_over_blocks([GOOD, dense, dataclasses.replace(shallow, case="paged64-bf16-d64")]) == []
+    assert shallower_over_blocks([dataclasses.replace(shallow, arch=80), dense]) == []
+    assert report([shallow, dense]) == 1
+    assert "has 2 K/V tiles in flight, 3 over contiguous keys" in capsys.readouterr().out
 
 
 def test_good_rows_pass_the_report(capsys):

@@ -279,13 +279,12 @@ FAULTS = [
         ),
     ),
     *_in(
-        "kernels/decode_attention.py",
+        "kernels/_decode_tiles.py",
         DECODE_KERNEL,
         ("kernel: window one too wide", "(behind < window)", "(behind <= window)"),
-        ("kernel: top-left causal", "position = seq_len - query_len + query", "position = query"),
         (
             "kernel: key mask dropped",
-            "inside &= load_ahead(key_mask_ptr + known * stride_mask_key, ASM) != 0",
+            "inside &= load_ahead(mask_ptr + known * stride_mask_key, ASM) != 0",
             "inside &= known >= 0",
         ),
         (
@@ -294,21 +293,16 @@ FAULTS = [
             "k_ptrs = k_ptr + block * stride_v_block",
         ),
         ("kernel: wrong slot", "slot = key % KV_BLOCK_SIZE", "slot = (key + 1) % KV_BLOCK_SIZE"),
-        ("kernel: hidden values read", "v_mask = inside[:, None]", "v_mask = (key < seq_len)[:, None]"),
-        (
-            "kernel: splits joined without their maxima",
-            "weight = tl.math.exp2(m_part - m_i)",
-            "weight = tl.math.exp2(m_part - m_part)",
-        ),
-        (
-            "kernel: unwritten splits read",
-            "written = (splits < num_splits) & (first < last)",
-            "written = splits < num_splits",
-        ),
+        ("kernel: hidden values read", "v_mask = inside[:, None]", "v_mask = (key < key_end)[:, None]"),
+    ),
+    *_in(
+        "kernels/decode_attention.py",
+        DECODE_KERNEL,
+        ("kernel: top-left causal", "position = seq_len - query_len + row", "position = row"),
         (
             "kernel: wrong key head",
-            "k_ptr += kv_head.to(tl.int64) * stride_k_head",
-            "k_ptr += (num_kv_heads - 1 - kv_head).to(tl.int64) * stride_k_head",
+            "head_k_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head",
+            "head_k_ptr = k_ptr + (num_kv_heads - 1 - kv_head).to(tl.int64) * stride_k_head",
         ),
     ),
     *_in(

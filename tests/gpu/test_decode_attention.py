@@ -3,13 +3,14 @@
 FASTATTN_TEST_DEVICE=cpu runs the checks of values through the CPU implementation, at small sizes, to check the tests.
 """
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
 from hf_fastattn import reference
-from hf_fastattn.ops import NO_WINDOW, decode_attention
+from hf_fastattn.ops import NO_WINDOW, decode_attention, decode_schedule
 
 DEVICE = os.environ.get("FASTATTN_TEST_DEVICE", "cuda")
 DRY_RUN = DEVICE == "cpu"
@@ -139,6 +140,93 @@ def test_logits_far_from_zero(offset):
     q = queries(1, 4, 1, 64, torch.float32)
     k[..., 0], q[..., 0] = offset, 1.0
     check(q, k, v, softmax_scale=1.0, block_table=table, seq_lens=seq_lens, largest_logit=1e4)
+
+
+def shared_tree(query_len=1):
+    """Return a call whose six sequences share 20 blocks, and the first four of them 9 more."""
+    lens = [64 * 30 + 5 * i for i in range(6)]
+    k, v, table, seq_lens = paged(lens, kv_heads=8, dim=128)
+    entries = torch.tensor([[0, 6, 0, 20], [0, 0, 0, 0], [0, 4, 20, 29]], dtype=torch.int32, device=DEVICE)
+    for first, count, begin, end in entries.tolist():
+        if count:
+            table[first : first + count, begin:end] = table[first, begin:end].clone()
+    options = {"softmax_scale": 128**-0.5, "block_table": table, "seq_lens": seq_lens, "shared_prefixes": entries}
+    return queries(len(lens), 32, query_len, 128), k, v, options
+
+
+@pytest.mark.parametrize("query_len", [1, 4, 16])
+@pytest.mark.parametrize("window", [NO_WINDOW, 700])
+def test_shared_prefixes(query_len, window):
+    q, k, v, options = shared_tree(query_len)
+    check(q, k, v, window=window, **options)
+
+
+@pytest.mark.parametrize("scale", [500.0, 1e4])
+@pytest.mark.parametrize("softmax", ["lazy", "fixed", "online"])
+@on_gpu_only
+def test_every_softmax_takes_any_logits(softmax, scale):
+    from hf_fastattn.kernels import _decode_plan
+    from hf_fastattn.kernels import decode_attention as kernel
+
+    k, v, table, seq_lens = paged([3000, 17, 0], kv_heads=2, dim=64, dtype=torch.float32)
+    q = torch.zeros(3, 8, 2, 64, device=DEVICE)
+    q[..., 0] = 1.0
+    k[..., 0] = torch.linspace(-1, 1, k[..., 0].numel(), device=DEVICE).view(k[..., 0].shape)
+    config, _ = _decode_plan.make_plan(q, k, v, table, None, False)
+    config = dataclasses.replace(config, softmax=softmax)
+    out = kernel.launch(q, k, v, table, seq_lens, None, None, scale, NO_WINDOW, 0.0, config=config)
+    options = {"softmax_scale": scale, "block_table": table, "seq_lens": seq_lens}
+    exact = reference.decode_attention(q.double(), k.double(), v.double(), **options)
+    plain = reference.decode_attention(q, k, v, **options)
+    rounding = 4 * torch.finfo(torch.float32).eps * (scale + 1.0) * v.nan_to_num().abs().max().item()
+    assert (out.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + rounding
+
+
+@on_gpu_only
+def test_one_schedule_serves_many_layers_and_replays():
+    """A graph of a schedule and three layers, 1000 times: bitwise the same, whoever arrives last."""
+    q, k, v, options = shared_tree(2)
+    lengths = {name: value for name, value in options.items() if name != "softmax_scale"}
+
+    def step():
+        schedule = decode_schedule(q, k, v, **lengths)
+        return [decode_attention(q * (i + 1), k, v, schedule=schedule, **options) for i in range(3)]
+
+    first = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = step()
+    for _ in range(1000):
+        graph.replay()
+        assert all(torch.equal(out, wanted) for out, wanted in zip(outs, first, strict=True))
+
+
+@on_gpu_only
+def test_counters_of_an_aborted_step_are_healed():
+    q, k, v, options = shared_tree()
+    lengths = {name: value for name, value in options.items() if name != "softmax_scale"}
+    wanted = decode_attention(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    schedule = decode_schedule(q, k, v, **lengths)
+    with torch.cuda.graph(graph):
+        schedule = decode_schedule(q, k, v, **lengths)
+        out = decode_attention(q, k, v, schedule=schedule, **options)
+    schedule.fill_(7)  # whatever was left in the graph's memory
+    graph.replay()
+    assert torch.equal(out, wanted)
+
+
+def test_a_batch_invariant_result_is_the_same_in_any_batch():
+    lens = [4000 // SCALE, 77, 0, 20000 // SCALE]
+    k, v, table, seq_lens = paged(lens, kv_heads=2, dim=128)
+    q = queries(len(lens), 8, 2, 128)
+    options = {"softmax_scale": 128**-0.5, "batch_invariant": True}
+    together = check(q, k, v, block_table=table, seq_lens=seq_lens, **options)
+    for row in range(len(lens)):
+        one = slice(row, row + 1)
+        alone = decode_attention(q[one], k, v, block_table=table[one], seq_lens=seq_lens[one], **options)
+        if not DRY_RUN:  # a CPU makes no such promise
+            assert torch.equal(alone[0], together[row])
 
 
 @on_gpu_only

@@ -1,4 +1,7 @@
-"""The decode kernel in Triton's interpreter, against the float64 oracle. bf16, which is wrong there, runs on GPUs."""
+"""The decode kernel in Triton's interpreter: its options and their edges, every result against the float64 oracle.
+
+bf16, which is wrong in the interpreter, runs on GPUs. The algorithm itself: test_decode_algorithm.py.
+"""
 
 import os
 
@@ -10,125 +13,31 @@ pytest.importorskip("triton")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_fastattn import reference
-from hf_fastattn.kernels import decode_attention as kernel
+from hf_fastattn.kernels import _decode_plan
 from hf_fastattn.ops.shapes import NO_WINDOW
+
+from .decode_call import NAN, Call, poisoned_new_empty
 
 pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
 ]
 
-NAN = float("nan")
-
-
-class Call:
-    """The arguments of one decode call, over blocks (block_size) or dense, with NaN in slots that no sequence owns."""
-
-    def __init__(
-        self,
-        lens=(37, 16),
-        *,
-        heads=2,
-        kv_heads=1,
-        query_len=1,
-        dim=16,
-        v_dim=None,
-        block_size=16,
-        dtype=torch.float32,
-        sharpness=1.0,
-        seed=0,
-    ):
-        random = torch.Generator().manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
-
-        v_dim = dim if v_dim is None else v_dim
-        self.q = normal(len(lens), heads, query_len, dim)
-        self.options = {"softmax_scale": sharpness * dim**-0.5, "window": NO_WINDOW, "softcap": 0.0}
-        self.key_mask = self.sinks = self.block_table = self.seq_lens = None
-        if block_size is None:
-            assert len(set(lens)) == 1
-            self.k = normal(len(lens), kv_heads, lens[0], dim)
-            self.v = normal(len(lens), kv_heads, lens[0], v_dim)
-            return
-        num_blocks = sum(-(-seq_len // block_size) for seq_len in lens) + 3
-        order = torch.randperm(num_blocks, generator=random).tolist()
-        self.k = torch.full((num_blocks, block_size, kv_heads, dim), NAN, dtype=dtype)
-        self.v = torch.full((num_blocks, block_size, kv_heads, v_dim), NAN, dtype=dtype)
-        self.block_table = torch.full((len(lens), max(-(-max(lens) // block_size), 1) + 1), -1, dtype=torch.int32)
-        self.seq_lens = torch.tensor(lens, dtype=torch.int32)
-        for seq, seq_len in enumerate(lens):
-            for i, start in enumerate(range(0, seq_len, block_size)):
-                block, count = order.pop(), min(block_size, seq_len - start)
-                self.block_table[seq, i] = block
-                self.k[block, :count] = normal(count, kv_heads, dim)
-                self.v[block, :count] = normal(count, kv_heads, v_dim)
-
-    def run(self, config=None, num_splits=None):
-        return kernel.launch(
-            self.q,
-            self.k,
-            self.v,
-            self.block_table,
-            self.seq_lens,
-            self.key_mask,
-            self.sinks,
-            *self.options.values(),
-            config=config,
-            num_splits=num_splits,
-        )
-
-    def expected(self, dtype):
-        q, k, v = (tensor.to(dtype) for tensor in (self.q, self.k, self.v))
-        sinks = None if self.sinks is None else self.sinks.to(dtype)
-        paged = {"block_table": self.block_table, "seq_lens": self.seq_lens}
-        return reference.decode_attention(q, k, v, key_mask=self.key_mask, sinks=sinks, **paged, **self.options)
-
-    def check(self, num_splits=None, block_n=16, largest_logit=0.0):
-        """Compare with float64: at most twice the error of the formula in the call's dtype, plus rounding.
-
-        largest_logit: where fp32 logits are so large that their own rounding decides.
-        """
-        config = None
-        if block_n is not None:
-            rows = self.q.shape[1] // self.k.shape[1 if self.block_table is None else 2] * self.q.shape[2]
-            config = kernel.DecodeConfig(min(max(4, 1 << (rows - 1).bit_length()), 16), block_n, 4, 3)
-        out, exact = self.run(config, num_splits), self.expected(torch.float64)
-        assert out.shape == exact.shape
-        assert out.is_contiguous()
-        assert out.dtype == self.q.dtype
-        assert not exact.isnan().any()
-        logit_rounding = torch.finfo(torch.float32).eps * largest_logit * self.v.nan_to_num().abs().max().item()
-        rounding = 4 * (torch.finfo(out.dtype).eps * exact.abs().max().item() + logit_rounding)
-        plain = (self.expected(out.dtype).double() - exact).abs().max().item()
-        error = (out.double() - exact).abs().max().item()
-        assert error <= 2 * plain + rounding  # false for NaN
-        return out
-
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch):
-    """Fill what new_empty returns with NaN: an output or a partial result that was never written shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *args, **kwargs):
-        tensor = new_empty(self, *args, **kwargs)
-        return tensor.fill_(NAN) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty(torch.Tensor.new_empty))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("lens", [(0, 1, 15, 16, 17), (33, 64, 100)], ids=str)
-def test_ragged_lengths_and_splits(lens, num_splits):
-    Call(lens).check(num_splits)
+def test_ragged_lengths(lens, num_programs):
+    Call(lens).check(num_programs)
 
 
-@pytest.mark.parametrize(("query_len", "num_splits"), [(2, 1), (3, 2), (5, 3), (8, 7)])
-def test_several_queries_are_causal(query_len, num_splits):
-    Call((0, 3, 20, 47), query_len=query_len).check(num_splits)
+@pytest.mark.parametrize(("query_len", "num_programs"), [(2, 1), (3, 2), (5, 3), (8, 7)])
+def test_several_queries_are_causal(query_len, num_programs):
+    Call((0, 3, 20, 47), query_len=query_len).check(num_programs)
 
 
 @pytest.mark.parametrize(("query_len", "seq_len"), [(17, 40), (32, 40), (32, 9)])
@@ -144,42 +53,42 @@ def test_heads_share_keys(heads, kv_heads, query_len):
 
 
 @pytest.mark.parametrize(("dim", "v_dim"), [(32, 32), (80, 80), (24, 16), (16, 40), (8, 8)])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_head_sizes(dim, v_dim, num_splits):
-    Call((35, 4), dim=dim, v_dim=v_dim, kv_heads=2, query_len=2).check(num_splits)
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_head_sizes(dim, v_dim, num_programs):
+    Call((35, 4), dim=dim, v_dim=v_dim, kv_heads=2, query_len=2).check(num_programs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_dtypes(dtype, num_splits):
-    Call((50, 9), dtype=dtype, heads=4, kv_heads=2, query_len=2, sharpness=3.0).check(num_splits)
+@pytest.mark.parametrize("num_programs", [1, 4])
+def test_dtypes(dtype, num_programs):
+    Call((50, 9), dtype=dtype, heads=4, kv_heads=2, query_len=2, sharpness=3.0).check(num_programs)
 
 
 @pytest.mark.parametrize(
     ("block_size", "block_n"), [(16, 32), (32, 64), (16, 64), (32, 16), (64, 32), (128, 64), (256, 16)]
 )
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_block_sizes_smaller_and_larger_than_a_tile(block_size, block_n, num_splits):
-    Call((block_size - 1, 2 * block_size + 3, 1), block_size=block_size).check(num_splits, block_n)
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_block_sizes_smaller_and_larger_than_a_tile(block_size, block_n, num_programs):
+    Call((block_size - 1, 2 * block_size + 3, 1), block_size=block_size).check(num_programs, block_n)
 
 
 @pytest.mark.parametrize("seq_len", [1, 16, 50])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_dense(seq_len, num_splits):
-    Call((seq_len, seq_len), block_size=None, heads=4, kv_heads=2, query_len=3).check(num_splits)
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_dense(seq_len, num_programs):
+    Call((seq_len, seq_len), block_size=None, heads=4, kv_heads=2, query_len=3).check(num_programs)
 
 
 @pytest.mark.parametrize("block_size", [16, 64, None])
-def test_default_config_and_splits(block_size):
-    Call((70, 70), block_size=block_size, heads=4, kv_heads=2).check(None, None)
+def test_default_config_and_grid(block_size):
+    Call((70, 70), block_size=block_size, heads=4, kv_heads=2).check(default_config=True)
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 40, 1000])
-@pytest.mark.parametrize(("query_len", "num_splits"), [(1, 1), (4, 3)])
-def test_window(window, query_len, num_splits):
+@pytest.mark.parametrize(("query_len", "num_programs"), [(1, 1), (4, 3)])
+def test_window(window, query_len, num_programs):
     call = Call((64, 41, 2), query_len=query_len)
     call.options["window"] = window
-    call.check(num_splits)
+    call.check(num_programs)
 
 
 @pytest.mark.parametrize("block_n", [16, 64])
@@ -190,37 +99,31 @@ def test_blocks_before_the_window_may_be_gone(block_n):
     call.v[call.block_table[0, :3].long()] = NAN
     kept = call.check(2, block_n)
     call.block_table[0, :3] = -1
-    assert torch.equal(call.run(kernel.DecodeConfig(4, block_n, 4, 3), 2), kept)
-
-
-def test_tiles_outside_the_window_are_not_read():
-    """The splits share what the window leaves: with as many splits as tiles each of them has one."""
-    tiles = [kernel._tile_range.fn(split, 3, 1000 - 40, 1000, 16) for split in range(3)]
-    assert tiles == [(60, 61), (61, 62), (62, 63)]
+    assert torch.equal(call.run(2, call.config(block_n)), kept)
 
 
 @pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_softcap(softcap, num_splits):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_softcap(softcap, num_programs):
     call = Call((45, 7), query_len=2, sharpness=8.0)
     call.options["softcap"] = softcap
-    call.check(num_splits)
+    call.check(num_programs)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 7])
+@pytest.mark.parametrize("num_programs", [1, 2, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_sinks_are_added_once(num_splits, dtype):
+def test_sinks_are_added_once(num_programs, dtype):
     call = Call((40, 3, 0), heads=4, kv_heads=2, query_len=5)
     call.sinks = torch.tensor([-30.0, 0.0, 2.0, 60.0], dtype=dtype)
-    out = call.check(num_splits)
+    out = call.check(num_programs)
     assert not out[1, :2].any()  # queries before the sequence's start see nothing, sink or not
     assert not out[2].any()
 
 
 @pytest.mark.parametrize("kind", ["left padding", "holes", "one sequence hidden"])
 @pytest.mark.parametrize("block_size", [16, None])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_key_mask(kind, block_size, num_splits):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_key_mask(kind, block_size, num_programs):
     call = Call((50, 50), block_size=block_size, heads=4, kv_heads=2, query_len=3)
     mask = torch.ones(2, 55, dtype=torch.bool)
     if kind == "left padding":
@@ -229,40 +132,40 @@ def test_key_mask(kind, block_size, num_splits):
         mask[:, ::3] = False
     else:
         mask[1] = False
-    call.key_mask = mask if num_splits == 1 else mask.to(torch.int8)
-    out = call.check(num_splits)
+    call.key_mask = mask if num_programs == 1 else mask.to(torch.int8)
+    out = call.check(num_programs)
     assert bool(out[1].any()) == (kind != "one sequence hidden")
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_nan_in_hidden_keys_reaches_no_output(num_splits):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_nan_in_hidden_keys_reaches_no_output(num_programs):
     call = Call((50,), block_size=None)
     call.key_mask = torch.ones(1, 50, dtype=torch.int8)
     call.key_mask[0, :20] = 0
     call.k[:, :, :20], call.v[:, :, :20] = NAN, float("inf")
-    assert call.check(num_splits).isfinite().all()
+    assert call.check(num_programs).isfinite().all()
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_logits_far_from_zero(offset, num_splits):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_logits_far_from_zero(offset, num_programs):
     call = Call((40, 18), dim=32)
     call.k[..., 0] = offset  # the same for every key: large logits with ordinary differences
     call.q[..., 0] = 1.0
     call.options["softmax_scale"] = 1.0
-    call.check(num_splits, largest_logit=1e4)
+    call.check(num_programs, largest_logit=1e4)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_logits_that_differ_by_thousands(num_splits):
+@pytest.mark.parametrize("num_programs", [1, 3])
+def test_logits_that_differ_by_thousands(num_programs):
     call = Call((40, 18), dim=32)
     call.options["softmax_scale"] = 2000.0
-    call.check(num_splits)
+    call.check(num_programs)
 
 
 def test_every_stride_is_honoured():
     call = Call((37, 20), heads=4, kv_heads=2, query_len=3)
-    expected = call.run(num_splits=2)
+    expected = call.run(num_programs=2)
     call.q = call.q.transpose(1, 2).contiguous().transpose(1, 2)
     call.k = call.k.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.full((*call.v.shape[:3], 48), NAN)
@@ -270,7 +173,7 @@ def test_every_stride_is_honoured():
     call.v = wide[..., 5:37:2]
     call.block_table = call.block_table.repeat_interleave(2, 1)[:, ::2]
     call.seq_lens = call.seq_lens.repeat_interleave(2)[::2]
-    assert torch.equal(call.run(num_splits=2), expected)
+    assert torch.equal(call.run(num_programs=2), expected)
 
 
 def test_dense_views_and_masks_with_strides():
@@ -285,9 +188,9 @@ def test_dense_views_and_masks_with_strides():
 def test_a_length_beyond_the_table_reads_nothing_outside_it():
     call = Call((33,))
     call.block_table = call.block_table[:, :2].contiguous()
-    too_long = call.run(num_splits=2)
+    too_long = call.run(num_programs=2)
     call.seq_lens = torch.tensor([32], dtype=torch.int32)
-    assert torch.equal(too_long, call.run(num_splits=2))
+    assert torch.equal(too_long, call.run(num_programs=2))
 
 
 @pytest.mark.parametrize("shape", ["no sequence", "no query", "no block"])
@@ -316,30 +219,10 @@ def test_empty_calls(shape):
 )
 def test_what_the_kernel_cannot_do_is_refused(change, message):
     call = Call()
-    assert kernel.supports(call.q, call.k, call.v, call.block_table) is None
+    assert _decode_plan.supports(call.q, call.k, call.v, call.block_table) is None
     change(call)
     with pytest.raises(ValueError, match=message):
         call.run()
-
-
-@pytest.mark.parametrize("num_programs", [1, 8, 100, 263, 264, 265, 5000])
-@pytest.mark.parametrize("max_tiles", [0, 1, 3, 64, 5000])
-def test_number_of_splits(num_programs, max_tiles):
-    chosen = kernel.choose_num_splits(num_programs, max_tiles, 132)
-    assert 1 <= chosen <= max(min(max_tiles, kernel.MAX_SPLITS), 1)
-    if num_programs >= 264 * 6:
-        assert chosen == 1
-    if num_programs == 8 and max_tiles >= 64:
-        assert 27 <= chosen <= 33
-
-
-def test_splits_cover_every_tile_once():
-    for num_tiles in (0, 1, 5, 16, 100):
-        for num_splits in (1, 2, 7, 16):
-            ranges = [kernel._tile_range.fn(split, num_splits, 0, num_tiles * 16, 16) for split in range(num_splits)]
-            tiles = [tile for first, last in ranges for tile in range(first, last)]
-            assert tiles == list(range(num_tiles))
-            assert max(last - first for first, last in ranges) <= -(-num_tiles // num_splits)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -350,13 +233,13 @@ def test_splits_cover_every_tile_once():
     window=st.sampled_from([NO_WINDOW, 1, 7, 20]),
     sinks=st.booleans(),
     hidden=st.sampled_from([0.0, 0.3, 1.0]),
-    num_splits=st.integers(1, 5),
+    num_programs=st.integers(1, 5),
     seed=st.integers(0, 1000),
 )
-def test_any_small_call(lens, query_len, heads, window, sinks, hidden, num_splits, seed):
+def test_any_small_call(lens, query_len, heads, window, sinks, hidden, num_programs, seed):
     call = Call(tuple(lens), heads=heads[0], kv_heads=heads[1], query_len=query_len, sharpness=4.0, seed=seed)
     random = torch.Generator().manual_seed(seed)
     call.options["window"] = window
     call.sinks = torch.randn(heads[0], generator=random) if sinks else None
     call.key_mask = torch.rand(len(lens), 40, generator=random) >= hidden if hidden else None
-    call.check(num_splits)
+    call.check(num_programs)

@@ -1,0 +1,353 @@
+"""The schedule of a decode step, made on the device: which tiles each program of the attention kernel reads.
+
+One program writes it once per step, for all layers of a kind; the host reads nothing back and no size depends on a
+length, so that a captured launch serves every step. The launch also zeroes the counters of arrival, so that whatever an
+aborted step left there is gone. Layout: kernels/_decode_list.py.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_fastattn.ops.shapes import NO_WINDOW
+
+from ._decode_list import (
+    COUNTERS_AT,
+    HEADER_WORDS,
+    NEEDED_AT,
+    PROGRAM_WORDS,
+    ROWS_AT,
+    SEGMENT_WORDS,
+    SEGMENTS_AT,
+    counter_words,
+    needed_words,
+    oldest_key,
+    own_piece,
+    program_words,
+    range_begin,
+    segment_words,
+)
+from ._decode_plan import DecodeConfig, Plan, make_plan, supports
+from ._launch import Unsupported
+
+if TYPE_CHECKING:
+    from ._compile import CompileCase
+
+_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "num_kv_heads", "num_programs", "rows"]
+
+_MAXNREG = 128
+"""Registers per thread: one program has plenty, and ptxas would spill to make room for more."""
+
+
+@triton.jit
+def _write_segment(words, first_item, low, num_tiles, first_seq, num_seqs, key_begin, key_end, parent, mask):
+    tl.store(words, first_item, mask=mask)
+    tl.store(words + 1, low, mask=mask)
+    tl.store(words + 2, num_tiles, mask=mask)
+    tl.store(words + 3, first_seq, mask=mask)
+    tl.store(words + 4, num_seqs, mask=mask)
+    tl.store(words + 5, key_begin, mask=mask)
+    tl.store(words + 6, key_end, mask=mask)
+    tl.store(words + 7, parent, mask=mask)
+
+
+@triton.jit
+def _oldest_of_members(seq_lens_ptr, first, count, query_len, window, max_len, BLOCK: tl.constexpr):
+    """Return the first key that some query of some member sees."""
+    oldest = max_len
+    for start in range(0, count, BLOCK):
+        member = start + tl.arange(0, BLOCK)
+        seq_len = tl.minimum(tl.load(seq_lens_ptr + first + member, mask=member < count, other=max_len), max_len)
+        oldest = tl.minimum(oldest, tl.min(oldest_key(seq_len, query_len, window), 0))
+    return oldest
+
+
+@triton.jit
+def _list_shared(
+    schedule_ptr,
+    seq_lens_ptr,
+    shared_ptr,
+    query_len,
+    window,
+    max_len,
+    num_seqs,
+    num_shared,
+    num_kv_heads,
+    row_tiles,
+    members_per_tile,
+    BLOCK_N: tl.constexpr,
+    KV_BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the shared segments that somebody sees, without gaps; return how many there are and their tiles."""
+    count = 0
+    total = 0
+    for entry in range(num_shared):
+        first = tl.load(shared_ptr + entry * 4)
+        members = tl.minimum(tl.load(shared_ptr + entry * 4 + 1), num_seqs - first)
+        begin = tl.load(shared_ptr + entry * 4 + 2) * KV_BLOCK_SIZE
+        end = tl.minimum(tl.load(shared_ptr + entry * 4 + 3) * KV_BLOCK_SIZE, max_len)
+        begin = tl.maximum(begin, _oldest_of_members(seq_lens_ptr, first, members, query_len, window, max_len, BLOCK))
+        low = begin // BLOCK_N
+        num_tiles = tl.cdiv(end, BLOCK_N) - low
+        if (members > 0) & (begin < end):
+            words = segment_words(schedule_ptr, count)
+            _write_segment(words, total, low, num_tiles, first, members, begin, end, -1, True)
+            total += num_tiles * num_kv_heads * tl.cdiv(members, members_per_tile) * row_tiles
+            count += 1
+    return count, total
+
+
+@triton.jit
+def _parent(schedule_ptr, count, seq, begin):
+    """Return the shared segment that ends last, at begin or before, among those of a sequence; its end; tiles of all.
+
+    seq, begin: [BLOCK]; so are the results. Without one the index is -1 and the end 0.
+    """
+    parent = tl.full(seq.shape, -1, tl.int32)
+    parent_end = tl.zeros(seq.shape, tl.int32)
+    tiles = tl.zeros(seq.shape, tl.int32)
+    for shared in range(count):
+        words = segment_words(schedule_ptr, shared)
+        first = tl.load(words + 3)
+        end = tl.load(words + 6)
+        inside = (seq >= first) & (seq < first + tl.load(words + 4)) & (end <= begin)
+        tiles += tl.where(inside, tl.load(words + 2), 0)
+        nearer = inside & (end > parent_end)
+        parent = tl.where(nearer, shared, parent)
+        parent_end = tl.where(nearer, end, parent_end)
+    return parent, parent_end, tiles
+
+
+@triton.jit
+def _find_starts(
+    schedule_ptr,
+    list_index,
+    first_segment,
+    num_segments,
+    total,
+    num_programs,
+    units_per_tile,
+    INVARIANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write each program's first tile of a list and the segment that it lies in.
+
+    The shared list is dealt out backwards, so that the programs with a tile more in one list have none more in the
+    other. A batch-invariant program begins with the first whole piece of its range.
+    """
+    for start in range(0, num_programs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        item = range_begin(index, total, num_programs)
+        segment = tl.zeros([BLOCK], tl.int32)
+        step = 1
+        while step * 2 <= num_segments:
+            step *= 2
+        while step > 0:  # the last segment that begins at the item or before
+            probe = segment + step
+            known = probe < num_segments
+            words = segment_words(schedule_ptr, first_segment + probe)
+            begin = tl.load(words, mask=known, other=2147483647)
+            segment = tl.where(known & (begin <= item), probe, segment)
+            step = step // 2
+        if INVARIANT:
+            words = segment_words(schedule_ptr, first_segment + segment)
+            begin = tl.load(words)
+            num_tiles = tl.load(words + 2)
+            piece = own_piece(num_tiles)
+            done = (item - begin) % num_tiles
+            rounded = item - done + tl.minimum(tl.cdiv(done, piece) * piece, num_tiles)
+            segment += (rounded == begin + num_tiles * units_per_tile).to(tl.int32)
+            item = rounded
+        program = num_programs - 1 - index if list_index == 0 else index
+        words = program_words(schedule_ptr, program) + list_index * 2
+        tl.store(words, item, mask=index < num_programs)
+        tl.store(words + 1, first_segment + segment, mask=index < num_programs)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _schedule_kernel(
+    schedule_ptr,
+    seq_lens_ptr,
+    shared_ptr,
+    query_len,
+    window,
+    max_len,
+    num_seqs,
+    num_shared,
+    num_kv_heads,
+    num_programs,
+    rows,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KV_BLOCK_SIZE: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the whole schedule; grid (1,), of which every step is spread over the threads.
+
+    seq_lens_ptr (num_seqs,) or None: all have max_len keys; shared_ptr (num_shared, 4) or None. num_programs is that of
+    the attention kernel. What is written is read again behind a barrier.
+    """
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    members_per_tile = tl.maximum(BLOCK_M // rows, 1)
+    units = num_kv_heads * row_tiles
+    segments = HEADER_WORDS + PROGRAM_WORDS * num_programs
+    needed = segments + SEGMENT_WORDS * (num_shared + num_seqs)
+    tl.store(schedule_ptr + ROWS_AT, rows)
+    tl.store(schedule_ptr + SEGMENTS_AT, segments)
+    tl.store(schedule_ptr + NEEDED_AT, needed)
+    tl.store(schedule_ptr + COUNTERS_AT, needed + num_seqs)
+    tl.debug_barrier()
+    for start in range(0, num_seqs * units, BLOCK):
+        counter = start + tl.arange(0, BLOCK)
+        words = counter_words(schedule_ptr, counter)
+        tl.store(words, tl.zeros([BLOCK], tl.int32), mask=counter < num_seqs * units)
+
+    shared_count = 0
+    shared_total = 0
+    if shared_ptr is not None:
+        shared_count, shared_total = _list_shared(
+            schedule_ptr,
+            seq_lens_ptr,
+            shared_ptr,
+            query_len,
+            window,
+            max_len,
+            num_seqs,
+            num_shared,
+            num_kv_heads,
+            row_tiles,
+            members_per_tile,
+            BLOCK_N,
+            KV_BLOCK_SIZE,
+            BLOCK,
+        )
+        tl.debug_barrier()
+        for start in range(0, shared_count, BLOCK):
+            segment = start + tl.arange(0, BLOCK)
+            known = segment < shared_count
+            words = segment_words(schedule_ptr, segment)
+            first = tl.load(words + 3, mask=known, other=-1)
+            begin = tl.load(words + 5, mask=known, other=0)
+            parent, _, _ = _parent(schedule_ptr, shared_count, first, begin)
+            tl.store(words + 7, parent, mask=known)
+
+    own_total = 0
+    for start in range(0, num_seqs, BLOCK):
+        seq = start + tl.arange(0, BLOCK)
+        known = seq < num_seqs
+        if seq_lens_ptr is None:
+            seq_len = tl.zeros([BLOCK], tl.int32) + max_len
+        else:
+            seq_len = tl.minimum(tl.load(seq_lens_ptr + seq, mask=known, other=0), max_len)
+        parent, begin, tiles = _parent(schedule_ptr, shared_count, seq, seq * 0 + 2147483647)
+        begin = tl.maximum(begin, oldest_key(seq_len, query_len, window))
+        low = begin // BLOCK_N
+        num_tiles = tl.maximum(tl.cdiv(seq_len, BLOCK_N) - low, 1)  # an empty sequence has one: its zeros are written
+        items = tl.where(known, num_tiles * units, 0)
+        first_item = own_total + tl.cumsum(items, 0) - items
+        words = segment_words(schedule_ptr, num_shared + seq)
+        _write_segment(words, first_item, low, num_tiles, seq, 1, begin, seq_len, parent, known)
+        words = needed_words(schedule_ptr, seq)
+        tl.store(words, tiles + num_tiles, mask=known)
+        own_total += tl.sum(items, 0)
+
+    tl.store(schedule_ptr, shared_total)
+    tl.store(schedule_ptr + 1, own_total)
+    tl.store(schedule_ptr + 2, shared_count)
+    tl.debug_barrier()
+    if shared_ptr is not None:
+        _find_starts(schedule_ptr, 0, 0, shared_count, shared_total, num_programs, units, False, BLOCK)
+    _find_starts(schedule_ptr, 1, num_shared, num_seqs, own_total, num_programs, units, INVARIANT, BLOCK)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    shared_prefixes: Tensor | None,
+    window: int,
+    batch_invariant: bool,
+    *,
+    config: DecodeConfig | None = None,
+    num_programs: int | None = None,
+    block: int = 256,
+) -> Tensor:
+    """Run hf_fastattn::decode_schedule, whose arguments these are, on the device of q.
+
+    Args:
+        config, num_programs: for tests and sweeps, as in decode_attention's launch.
+        block: sequences, segments or programs that are treated at once.
+
+    Returns:
+        int32, of the plan's shape.
+
+    Raises:
+        Unsupported: see supports; the attention kernel cannot do the call either.
+    """
+    reason = supports(q, k, v, block_table)
+    if reason is not None:
+        raise Unsupported(f"decode_schedule: {reason}")
+    _, plan = make_plan(
+        q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
+    )
+    schedule = q.new_empty(plan.shape, dtype=torch.int32)
+    if q.numel() == 0:
+        return schedule
+    args, constants = _call(plan, schedule, q, k, block_table, seq_lens, shared_prefixes, window, block)
+    with torch.cuda.device_of(q):
+        _schedule_kernel[(1,)](*args, **constants, **({} if torch.version.hip else {"maxnreg": _MAXNREG}))
+    return schedule
+
+
+def _call(
+    plan: Plan,
+    schedule: Tensor,
+    q: Tensor,
+    k: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    shared_prefixes: Tensor | None,
+    window: int,
+    block: int,
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Return the arguments and constants of the launch."""
+    shared = shared_prefixes.contiguous() if shared_prefixes is not None and plan.num_shared else None
+    max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
+    args = (
+        *(schedule, None if seq_lens is None else seq_lens.contiguous(), shared),
+        *(q.shape[2], min(window, NO_WINDOW), max_len),
+        *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.rows),
+    )
+    constants = {
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "KV_BLOCK_SIZE": None if block_table is None else k.shape[1],
+        "INVARIANT": plan.batch_invariant,
+        "BLOCK": block,
+    }
+    return args, constants
+
+
+def compile_cases(arch: int) -> list["CompileCase"]:
+    """Return the launches to compile for an architecture: without and with shared prefixes, and batch-invariant."""
+    from ._compile import case_from_call  # no launch needs the compiler's tools
+    from ._decode_plan import config
+
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    q, k = meta(64, 32, 1, 128, dtype=torch.bfloat16), meta(4096, 64, 8, 128, dtype=torch.bfloat16)
+    table, lens, cases = meta(64, 64), meta(64), []
+    for name, shared, invariant in (("own", None, False), ("shared", meta(8, 4), False), ("invariant", None, True)):
+        cfg = config(arch, 128, 128, torch.bfloat16, 4, 64, 1 if shared is None else 64)
+        _, plan = make_plan(q, k, k, table, shared, invariant, config=cfg, num_programs=264)
+        args, constants = _call(plan, meta(*plan.shape), q, k, table, lens, shared, NO_WINDOW, 256)
+        cases.append(case_from_call(name, _schedule_kernel, args, constants, 4, 3, {}, _MAXNREG))
+    return cases

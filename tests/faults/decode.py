@@ -1,0 +1,119 @@
+"""Seeded faults in the decoding algorithm, and which tests have to catch each."""
+
+from .faults import Fault
+
+ATTENTION = "hf_fastattn/kernels/decode_attention.py"
+TILES = "hf_fastattn/kernels/_decode_tiles.py"
+COMBINE = "hf_fastattn/kernels/_decode_combine.py"
+SCHEDULE = "hf_fastattn/kernels/decode_schedule.py"
+SOFTMAX = "hf_fastattn/kernels/_softmax.py"
+LOADS = "hf_fastattn/kernels/_loads.py"
+PLAN = "hf_fastattn/kernels/_decode_plan.py"
+
+ALGORITHM = "tests/interpret/test_decode_algorithm.py"
+CUTS = (ALGORITHM, "-k", "ranges_cut and lazy")
+TREES = (ALGORITHM, "-k", "two_levels or tile_sizes or under_a_window")
+LAYERS = (ALGORITHM, "-k", "many_layers or aborted")
+LOGITS = (ALGORITHM, "-k", "logits_of_any_size or do_not_fit or wrong_for_the_model")
+INVARIANT = (ALGORITHM, "-k", "batch_invariance")
+PADDING = (ALGORITHM, "-k", "padded")
+LISTS = ("tests/interpret/test_decode_schedule.py",)
+
+
+def _faults(file: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -> list[Fault]:
+    return [Fault(f"decode: {name}", file, old, new, tests) for name, old, new in changes]
+
+
+DECODE_FAULTS = [
+    *_faults(
+        COMBINE,
+        CUTS,
+        (
+            "partial results joined without their maxima",
+            "weight = tl.math.exp2(m_part - m_new[:, None])",
+            "weight = tl.math.exp2(m_part - m_part)",
+        ),
+        ("one partial result left out", "total, programs) + 1 - first", "total, programs) - first"),
+        (
+            "whoever is not the first combines",
+            "complete = known & (before + tiles == needed)",
+            "complete = known & (before > 0)",
+        ),
+    ),
+    *_faults(
+        COMBINE,
+        TREES,
+        ("parents forgotten", "segment = tl.load(words + 7)", "segment = -1"),
+        ("another member's rows combined", "member % members_per_tile * rows", "0 * rows"),
+    ),
+    *_faults(
+        COMBINE,
+        LAYERS,
+        (
+            "counters not reset",
+            "    tl.store(counter_ptrs, tl.zeros([MEMBERS], tl.int32), mask=complete)\n",
+            "    pass\n",
+        ),
+    ),
+    *_faults(
+        ATTENTION,
+        TREES,
+        ("a prefix alone taken for the result", "num_tiles) & (work_list == 1)", "num_tiles)"),
+        (
+            "shared list not dealt out backwards",
+            "index = programs - 1 - program if is_shared else program",
+            "index = program",
+        ),
+        (
+            "every row takes the first member's query",
+            "seq = first_seq + member_tile * members_per_tile + i // rows",
+            "seq = first_seq + member_tile * members_per_tile + i * 0",
+        ),
+    ),
+    *_faults(
+        SCHEDULE,
+        LISTS,
+        ("parent with the nearest beginning", "nearer = inside & (end > parent_end)", "nearer = inside & (parent < 0)"),
+        (
+            "window ignored over shared blocks",
+            "begin = tl.maximum(begin, _oldest",
+            "_ = tl.maximum(begin, _oldest",
+        ),
+        (
+            "empty sequences not listed",
+            "num_tiles = tl.maximum(tl.cdiv(seq_len, BLOCK_N) - low, 1)",
+            "num_tiles = tl.maximum(tl.cdiv(seq_len, BLOCK_N) - low, 0)",
+        ),
+        (
+            "counters not zeroed",
+            "tl.store(words, tl.zeros([BLOCK], tl.int32), mask=counter < num_seqs * units)",
+            "pass",
+        ),
+    ),
+    *_faults(
+        SCHEDULE,
+        INVARIANT,
+        ("batch-invariant programs begin anywhere", "            item = rounded\n", "            pass\n"),
+    ),
+    *_faults(
+        SOFTMAX,
+        LOGITS,
+        ("reference never moves", "    if excess > HEADROOM:", "    if excess > 1e30:"),
+        ("sums keep the old reference", "        l_i *= alpha[:, None]\n", "        pass\n"),
+    ),
+    *_faults(
+        ATTENTION,
+        LOGITS,
+        ("no second pass where a fixed reference fails", "if tl.sum((real & ~fits).to(tl.int32), 0) > 0:", "if False:"),
+    ),
+    *_faults(LOADS, PADDING, ("padded tiles not skipped", "    return found // TILE\n", "    return first_tile\n")),
+    *_faults(
+        PLAN,
+        (ALGORITHM, "-k", "refused"),
+        (
+            "schedules of other tiles fit",
+            "tiles = (self.block_m.bit_length() - 1) * 8 + self.block_n.bit_length() - 1",
+            "tiles = 0",
+        ),
+    ),
+]
