@@ -14,7 +14,7 @@ from . import ops
 from .cache import PagedLayer
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
-from .paged_state import DeviceTables
+from .paged_state import DeviceTables, Step
 
 
 def fastattn_attention(
@@ -91,7 +91,7 @@ def _paged_attention(
             key_mask = None if step.mask is None else step.mask.to(query.device)
             out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
         else:
-            out = _attend_blocks(query, layer, step.positions, tables, options)
+            out = _attend_blocks(query, layer, step, tables, options)
     current = cache.state.step
     assert current is not None
     if current.last_layer is None:
@@ -102,24 +102,28 @@ def _paged_attention(
 
 
 def _attend_blocks(
-    query: Tensor, layer: PagedLayer, positions: Tensor | None, tables: DeviceTables, options: AttentionOptions
+    query: Tensor, layer: PagedLayer, step: Step, tables: DeviceTables, options: AttentionOptions
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
-    assert layer.k_cache is not None and layer.v_cache is not None
+    k_cache, v_cache, positions = layer.k_cache, layer.v_cache, step.positions
+    assert k_cache is not None and v_cache is not None
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
+        given: dict[str, Any] = {
+            "block_table": tables.block_table,
+            "seq_lens": tables.seq_lens,
+            "shared_prefixes": tables.shared_prefixes if tables.key_mask is None else None,
+        }
+        kind = (query.device, query.dtype, *query.shape[1:], v_cache.shape[3], options.window)
+        if kind not in step.schedules:  # one for all layers of the kind
+            step.schedules[kind] = ops.decode_schedule(query, k_cache, v_cache, window=options.window, **given)
+        schedule = step.schedules[kind]
         return ops.decode_attention(
-            query,
-            layer.k_cache,
-            layer.v_cache,
-            block_table=tables.block_table,
-            seq_lens=tables.seq_lens,
-            key_mask=tables.key_mask,
-            **options.decode(),
+            query, k_cache, v_cache, key_mask=tables.key_mask, schedule=schedule, **given, **options.decode()
         )
     return ops.prefill_attention(
         query,
-        layer.k_cache,
-        layer.v_cache,
+        k_cache,
+        v_cache,
         block_table=tables.block_table,
         seq_lens=tables.seq_lens,
         key_mask=tables.key_mask,

@@ -16,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
+from .generate import generate
 from .leases import lease
 from .model_config import text_config
 
@@ -46,6 +47,17 @@ class PagedByDefault:
     """What a model class gains: generate() makes a PagedCache unless the caller chose a cache or another attention."""
 
     _native: type
+    passes_streamers_on = True
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        """Give our loop what transformers keeps from a function passed as custom_generate: streamer, tokenizer, ..."""
+        if custom_generate is generate:
+            custom_generate = None
+        return super()._extract_generation_mode_kwargs(  # type: ignore[misc]
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int

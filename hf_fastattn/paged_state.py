@@ -38,6 +38,7 @@ class Step:
         last_layer: the model's last layer, with which the pass ends; None until a layer has said so.
         handles: the masks of the pass were made for handles, so that all its layers have to be given some.
         group: so many consecutive sequences hold the same tokens, which the first of them stores for all.
+        schedules: what decode_schedule returned for each kind of layer that has attended.
     """
 
     query_len: int
@@ -51,6 +52,7 @@ class Step:
     handles: bool = True
     last_layer: int | None = None
     group: int = 1
+    schedules: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
 
 @dataclass
