@@ -4,6 +4,9 @@
 
 Waste is the share of the cache's reserved tokens that holds no token of a sequence (padding is not a token of one) when
 generate() returns. On a GPU the allocator's peak during generate() is given too, with weights and activations in it.
+Two more scenarios per cell show what is computed and stored once instead of often: a system prompt forked for as many
+questions as the batch has, and a chat whose turns come through a prefix store. With --out, a picture of who owns which
+block (a beam search of four beams, behind its prompt) is drawn beside the result file.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import hf_fastattn
 from hf_fastattn import PagedCache
 
 from . import common
@@ -47,6 +51,9 @@ def measure(model: PreTrainedModel, name: str, cell: Cell) -> dict[str, Any]:
     inputs = make_inputs(model, cell)
     rows = cell.batch * cell.beams
     cache = make_cache(model, kind, cell)
+    if kind == "paged":  # what a model that is paged by default makes
+        length = cell.prompt + cell.new_tokens
+        cache = PagedCache(model.config, reserve=length, sequences_per_prompt=cell.beams)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     model.generate(
@@ -80,6 +87,95 @@ def measure(model: PreTrainedModel, name: str, cell: Cell) -> dict[str, Any]:
     return row
 
 
+QUESTION = 32
+"""Tokens of a question behind a system prompt, and of a chat turn."""
+
+
+def measure_forks(model: PreTrainedModel, cell: Cell) -> list[dict[str, Any]]:
+    """Ask ``cell.batch`` questions behind one system prompt of ``cell.prompt`` tokens, with and without a fork."""
+    model.set_attn_implementation("fastattn")
+    full = make_inputs(model, Cell(cell.batch, cell.prompt + QUESTION, cell.new_tokens, 1, 0.0))["input_ids"]
+    full[:, : cell.prompt] = full[:1, : cell.prompt]
+    rows = []
+    for name in ("separate prompts", "one prompt, forked"):
+        cache, before = PagedCache(model.config), 0
+        if name == "one prompt, forked":
+            with torch.no_grad():
+                model(full[:1, : cell.prompt], past_key_values=cache, logits_to_keep=1)
+            system, cache, before = cache, cache.fork(cell.batch), cell.prompt
+        generate(model, full, cache, cell.new_tokens)
+        stats = cache.stats()
+        rows.append(
+            {
+                "cell": f"{cell.batch} questions behind {cell.prompt}",
+                "cache": name,
+                "sequence_tokens": stats.tokens,
+                "prefilled_tokens": before + cell.batch * (cell.prompt + QUESTION - before),
+                "blocks_used_mib": stats.used_bytes / 2**20,
+                "saved": f"{stats.saved:.0%}",
+            }
+        )
+    del system
+    return rows
+
+
+def measure_chat(model: PreTrainedModel, cell: Cell, turns: int = 4) -> list[dict[str, Any]]:
+    """Hold a chat of some turns, whose first prompt has ``cell.prompt`` tokens, with and without a prefix store."""
+    model.set_attn_implementation("fastattn")
+    rows = []
+    for name in ("new cache per turn", "PrefixStore"):
+        store = hf_fastattn.PrefixStore(model)
+        ids = make_inputs(model, Cell(1, cell.prompt, cell.new_tokens, 1, 0.0))["input_ids"]
+        question = make_inputs(model, Cell(1, QUESTION, 1, 1, 0.0))["input_ids"]
+        prefilled = 0
+        for _ in range(turns):
+            cache = PagedCache(model.config) if name != "PrefixStore" else store.cache(ids)
+            prefilled += ids.shape[1] - cache.get_seq_length()
+            out = generate(model, ids, cache, cell.new_tokens)
+            if name == "PrefixStore":
+                store.add(cache, out)
+            ids = torch.cat([out, question], 1)
+        kept = cache.stats().used_bytes
+        if name == "PrefixStore":
+            kept = store.stats().kept_blocks * store.pool.bytes_per_block
+        rows.append(
+            {
+                "cell": f"chat of {turns} turns from {cell.prompt}",
+                "cache": name,
+                "sequence_tokens": cache.stats().tokens,
+                "prefilled_tokens": prefilled,
+                "blocks_used_mib": kept / 2**20,
+                "saved": f"{store.stats().hit_rate:.0%} of the prompts known" if store.stats().asked else "",
+            }
+        )
+    return rows
+
+
+def generate(model: PreTrainedModel, ids: Tensor, cache: PagedCache, new_tokens: int, beams: int = 1) -> Tensor:
+    """Generate exactly new_tokens over a cache."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        disable_compile=True,
+    )
+
+
+def draw_blocks(model: PreTrainedModel, cell: Cell, path: Path) -> None:
+    """Draw who owns which block after a search of four beams behind each of two prompts."""
+    model.set_attn_implementation("fastattn")
+    length = cell.prompt + 2 * cell.new_tokens
+    cache = PagedCache(model.config, block_size=16, reserve=length, sequences_per_prompt=4)
+    ids = make_inputs(model, Cell(2, cell.prompt, cell.new_tokens, 1, 0.0))["input_ids"]
+    generate(model, ids, cache, 2 * cell.new_tokens, beams=4)
+    hf_fastattn.plot_blocks(cache).savefig(path, dpi=110)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.memory", description=__doc__.splitlines()[0])
@@ -103,7 +199,13 @@ def main(argv: list[str] | None = None) -> int:
                 rows += [measure(model, name, cell) for name in CACHES]
                 if args.out:
                     common.write_result(args.out, "memory", device, vars(args), rows)
+        rows += measure_forks(model, Cell(batch, prompt, args.new_tokens, 1, 0.0))
+        rows += measure_chat(model, Cell(batch, prompt, args.new_tokens, 1, 0.0))
+        if args.out:
+            common.write_result(args.out, "memory", device, vars(args), rows)
+            draw_blocks(model, Cell(batch, prompt, args.new_tokens, 1, 0.0), args.out.with_name("blocks.png"))
     columns = ["cell", "cache", "sequence_tokens", "reserved_mib", "waste", "blocks_used_mib", "waste_in_used_blocks"]
+    columns += ["prefilled_tokens", "saved"]
     print(common.table(rows, columns + (["peak_mib"] if device.type == "cuda" else [])))
     return 0
 

@@ -29,7 +29,17 @@ BEGIN, END = "<!-- measured: written by python -m eval.report -->", "<!-- measur
 COLUMNS = {
     "throughput": None,
     "perplexity": ["path", "implementation", "tokens", "perplexity", "difference"],
-    "memory": ["cell", "cache", "sequence_tokens", "reserved_mib", "waste", "blocks_used_mib", "peak_mib"],
+    "memory": [
+        "cell",
+        "cache",
+        "sequence_tokens",
+        "reserved_mib",
+        "waste",
+        "blocks_used_mib",
+        "prefilled_tokens",
+        "saved",
+        "peak_mib",
+    ],
     "kernels": ["op", "cell", "us", "rate", "unit", "fraction", "x_best_rival", "status"],
 }
 """Columns of the README's tables, in the order of its sections; None for all. The files hold more."""
@@ -172,6 +182,8 @@ def render(folder: Path) -> str:
         lines += [common.table(rows, columns), "", f"All figures: [{relative}]({relative}).", ""]
         if picture.exists():
             lines += [f"![{name}]({picture.relative_to(common.ROOT)})", ""]
+        if name == "memory" and (folder / "blocks.png").exists():
+            lines += [f"![blocks]({(folder / 'blocks.png').relative_to(common.ROOT)})", ""]
     return "\n".join(lines)
 
 

@@ -53,6 +53,24 @@ def test_sequences_that_end_with_what_they_share_have_no_piece_of_their_own():
     assert pieces([[-1, -1]], [0], [], 16, True) == []
 
 
+def test_short_ends_of_equal_length_are_stacked():
+    table = [[0, 1, 5], [0, 1, 9], [0, 1, 3], [7, 2, -1]]
+    assert pieces(table, [40, 40, 40, 20], [[0, 3, 0, 2]], 16, True) == [
+        (0, 3, [0, 1], 32),
+        (0, 3, [5, 9, 3], 8),
+        (3, 4, [7, 2], 20),
+    ]
+    (_, stack, _) = cut(table, [40, 40, 40, 20], [[0, 3, 0, 2]], 16, True)
+    assert stack.stacked
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stacked_ends_are_joined_with_what_is_shared(dtype):
+    call = Call((100, 100, 100, 100, 90), heads=6, kv_heads=2, dtype=dtype)
+    check(call, [share(call, 0, 4, 0, 5)])
+    check(Call((20, 20, 20), dtype=dtype))
+
+
 def share(call, first, count, first_block, end_block):
     """Make sequences of a call share blocks of the first of them."""
     call.block_table[first + 1 : first + count, first_block:end_block] = call.block_table[first, first_block:end_block]

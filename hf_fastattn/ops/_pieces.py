@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._views import is_flat, read_blocks
+from ._views import is_flat, read_blocks, stack_blocks
 
 MIN_RUN = 256
 """Tokens that a run must have on average to be attended by itself; shorter runs are gathered first."""
@@ -20,12 +20,19 @@ MIN_RUN = 256
 
 @dataclass
 class Piece:
-    """Tokens that the sequences ``first`` to ``end - 1`` of the batch all see, in ``blocks``."""
+    """Tokens that the sequences ``first`` to ``end - 1`` of the batch see.
+
+    Attributes:
+        blocks: where they are; of each sequence in turn if they are stacked, else of all of them.
+        tokens: how many a sequence sees.
+        stacked: each sequence sees blocks of its own, which are few and gathered together.
+    """
 
     first: int
     end: int
     blocks: list[int]
     tokens: int
+    stacked: bool = False
 
 
 def attend_pieces(
@@ -53,11 +60,19 @@ def attend_pieces(
     flat = is_flat(k_cache) and is_flat(v_cache)
     for piece in cut(block_table.tolist(), lens, shared, k_cache.shape[1], flat):
         rows = slice(piece.first, piece.end)
-        k, v = (read_blocks(cache, piece.blocks, piece.tokens) for cache in (k_cache, v_cache))
-        packed = grouped[rows].transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
+        if piece.stacked:
+            k, v = (
+                stack_blocks(cache, piece.blocks, piece.end - piece.first, piece.tokens) for cache in (k_cache, v_cache)
+            )
+            packed = grouped[rows]
+        else:
+            k, v = (read_blocks(cache, piece.blocks, piece.tokens) for cache in (k_cache, v_cache))
+            packed = grouped[rows].transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(packed, k, v, scale=softmax_scale)
-        out = out.view(num_kv_heads, -1, group, v_head_dim).transpose(0, 1)
-        lse = lse.view(num_kv_heads, -1, group, 1).transpose(0, 1)
+        lse = lse[..., None]
+        if not piece.stacked:
+            out = out.view(num_kv_heads, -1, group, v_head_dim).transpose(0, 1)
+            lse = lse.view(num_kv_heads, -1, group, 1).transpose(0, 1)
         new = torch.maximum(maximum[rows], lse)
         old_weight, weight = torch.exp(maximum[rows] - new), torch.exp(lse - new)
         acc[rows] = acc[rows] * old_weight + out * weight
@@ -79,16 +94,24 @@ def cut(
         flat: runs of blocks can be viewed; else there is no reason to cut at their ends.
     """
     begin = [0] * len(lens)
-    pieces = []
+    pieces: list[Piece] = []
+    own: list[Piece] = []
     for first, count, first_block, end_block in shared:
         if count:
             blocks = table[first][first_block:end_block]
             pieces.append(Piece(first, first + count, blocks, len(blocks) * block_size))
             begin[first : first + count] = [end_block] * count
     for row, (start, seq_len) in enumerate(zip(begin, lens, strict=True)):
-        blocks = table[row][start : -(-seq_len // block_size)]
-        pieces.append(Piece(row, row + 1, blocks, seq_len - start * block_size))
-    for piece in pieces:
+        blocks, tokens = table[row][start : -(-seq_len // block_size)], seq_len - start * block_size
+        if own and own[-1].tokens == tokens < MIN_RUN and tokens:
+            own[-1].end, own[-1].stacked = row + 1, True
+            own[-1].blocks += blocks
+        else:
+            own.append(Piece(row, row + 1, blocks, tokens))
+    for piece in [*pieces, *own]:
+        if piece.stacked:
+            yield piece
+            continue
         tokens, runs = piece.tokens, list(_runs(piece.blocks))
         if not flat or len(runs) * MIN_RUN > len(piece.blocks) * block_size:
             runs = [piece.blocks] if piece.blocks else []
