@@ -80,12 +80,15 @@ def _paged_attention(
     cache, ours = layer.cache, mask is None or mask.dtype == torch.int8
     if cache.made_dense or not ours or reason_to_fall_back(query, new.v, options):
         k, v = cache.store_dense(new, commit=False)
+        if mask is not None and not ours:
+            cache.refuse_freed(mask)
         if mask is None:  # one query over blocks needs no mask, but dense keys have columns for padding
             mask = cache.column_mask()
             mask = None if mask is None else mask.to(query.device)
         out = _dense_attention(query, k, v, mask, options)
     else:
         step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
+        cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
         cache.store(layer, new, step, tables)
         if step.fresh:
             key_mask = None if step.mask is None else step.mask.to(query.device)

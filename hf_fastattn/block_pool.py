@@ -11,6 +11,9 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+NO_BLOCK = -1
+"""Stands in a sequence's row for a block that was freed because no query will look back that far."""
+
 
 class BlockPoolExhausted(RuntimeError):
     """There are not enough free blocks; nothing was changed.
@@ -110,14 +113,18 @@ class BlockPool:
         return rows
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add an owner to each block."""
+        """Add an owner to each block; NO_BLOCK stands for none."""
         for block in blocks:
+            if block == NO_BLOCK:
+                continue
             assert self._owners[block] > 0, f"block {block} is free and cannot be shared"
             self._owners[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Take an owner from each block; a block without owners can be handed out again."""
+        """Take an owner from each block but NO_BLOCK; a block without owners can be handed out again."""
         for block in blocks:
+            if block == NO_BLOCK:
+                continue
             assert self._owners[block] > 0, f"block {block} is free already"
             self._owners[block] -= 1
             if self._owners[block] == 0:
@@ -151,7 +158,8 @@ class BlockTables:
     """The blocks and lengths of a batch of sequences over one pool.
 
     Attributes:
-        rows: the blocks of each sequence, in order; they may reach beyond its length (reserved).
+        rows: the blocks of each sequence, in order; they may reach beyond its length (reserved), and begin with
+            NO_BLOCK where :meth:`free_before` was called.
         lens: tokens stored of each sequence.
     """
 
@@ -227,6 +235,26 @@ class BlockTables:
         self.lens = list(lens)
         return self.make_tails_private()
 
+    def free_before(self, ends: Sequence[int]) -> bool:
+        """Free the blocks of each sequence that end at or before its token ends[i]; return whether there were any.
+
+        NO_BLOCK takes their places, so that a token's place in its row stays what it was.
+        """
+        freed = []
+        for row, end in zip(self.rows, ends, strict=True):
+            last = min(end // self.block_size, len(row)) - 1
+            while last >= 0 and row[last] != NO_BLOCK:
+                freed.append(row[last])
+                row[last] = NO_BLOCK
+                last -= 1
+        self.pool.free(freed)
+        return bool(freed)
+
+    def num_freed(self, row: int) -> int:
+        """Return how many blocks of a sequence :meth:`free_before` has freed."""
+        blocks = self.rows[row]
+        return next((i for i, block in enumerate(blocks) if block != NO_BLOCK), len(blocks))
+
     def select(self, index: Sequence[int]) -> list[tuple[int, int]]:
         """Make the batch rows[index[0]], rows[index[1]], ...; a sequence named twice shares its full blocks.
 
@@ -282,7 +310,7 @@ class BlockTables:
         tails = sum(len(row) - n // self.block_size for row, n in zip(rows, lens, strict=True))
         if tails <= self.pool.num_free:  # more than enough: spare the count of a long batch
             return
-        held = Counter(block for row in self.rows for block in row)
+        held = Counter(block for row in self.rows for block in row if block != NO_BLOCK)
         elsewhere = {block for block, count in held.items() if self.pool.num_owners(block) > count}
         inside = {b for row, n in zip(rows, lens, strict=True) for b in row[: n // self.block_size]}
         shared = Counter(b for row, n in zip(rows, lens, strict=True) for b in row[n // self.block_size :])

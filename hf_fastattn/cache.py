@@ -20,10 +20,10 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
-from .block_pool import BlockPoolExhausted
+from .block_pool import NO_BLOCK, BlockPoolExhausted
 from .handles import Handle, NewStates
 from .kv_pool import KVPool, LayerBlocks, persistent
-from .model_config import last_caching_layer, layer_types, text_config
+from .model_config import last_caching_layer, layer_types, text_config, window_of_all_layers
 from .paged_state import DeviceTables, PagedState, Step
 from .stats import CacheStats, cache_stats
 
@@ -197,6 +197,7 @@ class PagedCache(Cache):
             keep_hidden=bool(sliding),
             reserve=reserve,
             sequences_per_prompt=sequences_per_prompt,
+            window=window_of_all_layers(self.config),
         )
         self.paged_layers = [PagedLayer(self, i, blocks) for i, blocks in enumerate(pool.layers)]
         self.made_dense = "chunked_attention" in types
@@ -249,7 +250,7 @@ class PagedCache(Cache):
         """
         layer = new.layer
         assert isinstance(layer, PagedLayer)
-        self.made_dense = True
+        self.made_dense, self.state.frees = True, False
         step = self.state.step
         if step is None or layer.layer_idx <= step.first_layer:
             step = self._begin(layer.layer_idx, new.k, None, mask_known=False)
@@ -267,12 +268,26 @@ class PagedCache(Cache):
     def dense(self, layer: PagedLayer, step: Step | None) -> tuple[Tensor, Tensor]:
         """Copy a layer's keys and values out of the blocks, (num_seqs, num_kv_heads, columns, head_dim) each.
 
+        Columns that were never stored, or that a sliding window has left behind and whose blocks were freed, are 0.
+
         Args:
             layer: whose.
             step: the forward pass whose columns are wanted too; None for those of complete ones.
         """
         assert layer.k_cache is not None and layer.v_cache is not None
-        state, device = self.state, layer.k_cache.device
+        slots, stored = self._slots(layer.k_cache.device, step)
+        missing = ~stored | (slots < 0)
+        return tuple(
+            cache.flatten(0, 1)[slots.clamp(min=0)].masked_fill(missing[:, :, None, None], 0).transpose(1, 2)
+            for cache in (layer.k_cache, layer.v_cache)
+        )  # type: ignore[return-value]
+
+    def _slots(self, device: torch.device, step: Step | None) -> tuple[Tensor, Tensor]:
+        """Return where each column's token is, (num_seqs, columns) int64, negative where it was freed, and a mask.
+
+        The mask, (num_seqs, columns) bool, says which columns were stored at all; slots of others mean nothing.
+        """
+        state = self.state
         if step is None:
             state.sync()
         columns = state.columns + (step.query_len if step is not None else 0)
@@ -282,11 +297,26 @@ class PagedCache(Cache):
             stored[:, : known.shape[1]] = known.to(device)
         positions = (stored.cumsum(1) - 1).clamp(min=0)
         blocks = state.on(device).block_table.long().gather(1, positions // state.block_size)
-        index = blocks.clamp(min=0) * state.block_size + positions % state.block_size
-        return tuple(
-            cache.flatten(0, 1)[index].masked_fill(~stored[:, :, None, None], 0).transpose(1, 2)
-            for cache in (layer.k_cache, layer.v_cache)
-        )  # type: ignore[return-value]
+        return blocks * state.block_size + positions % state.block_size, stored
+
+    def refuse_freed(self, mask: Tensor) -> None:
+        """Check that a mask over queries and keys shows no freed column of the current forward pass.
+
+        Args:
+            mask: (num_seqs or 1, num_heads or 1, query_len, columns) bool, or additive.
+
+        Raises:
+            ValueError: it shows columns behind the model's sliding window, whose blocks were freed.
+        """
+        if not any(row and row[0] == NO_BLOCK for row in self.state.tables.rows):
+            return
+        slots, stored = self._slots(mask.device, self.state.step)
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if bool((shown & (stored & (slots < 0))[:, None, None]).any()):
+            raise ValueError(
+                f"the attention mask shows keys that lie behind the model's window of {self.state.window} tokens and "
+                "were freed: start from an empty cache, or pass max_length to PagedCache, which keeps all keys"
+            )
 
     def column_mask(self) -> Tensor | None:
         """Return which columns the current forward pass may see, (num_seqs, 1, 1, columns) int8; None for all."""
@@ -321,6 +351,7 @@ class PagedCache(Cache):
             state.unsynced += query_length
             if state.columns + state.unsynced > state.max_length:
                 state.sync()
+                state.unsynced = query_length
                 longest = max(state.tables.lens) + query_length
                 if longest > state.max_length:
                     raise self.exhausted(state.too_long(longest))
@@ -353,7 +384,12 @@ class PagedCache(Cache):
         self.made_dense = "chunked_attention" in layer_types(self.config)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers)."""
+        """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers).
+
+        Raises:
+            ValueError: a positive number; or more than :data:`~hf_fastattn.paged_state.WINDOW_MARGIN` columns of a
+                model whose layers all have a sliding window, after blocks behind it were freed.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.state.num_seqs:
@@ -392,7 +428,7 @@ class PagedCache(Cache):
                 computed.
 
         Returns:
-            The columns kept.
+            The columns kept; 0 if what a sliding window needs there was freed, see :meth:`crop`.
 
         Raises:
             ValueError: shapes that do not fit the cache.
@@ -406,6 +442,8 @@ class PagedCache(Cache):
         shared = max(min(columns, new_ids.shape[1] - 1), 0)
         same = (old_ids[:, :shared] == new_ids[:, :shared].to(old_ids.device)).all(0)
         kept = int(same.cumprod(0).sum())
+        if not self.state.can_go_back(kept):
+            kept = 0
         self.crop(kept - columns)
         return kept
 
@@ -441,7 +479,7 @@ class PagedCache(Cache):
         )
 
     def to_dynamic(self) -> DynamicCache:
-        """Return a DynamicCache with the same contents; columns never stored are 0, as the mask must hide them."""
+        """Return a DynamicCache with the same contents; columns never stored, or freed, are 0: a mask must hide them."""
         data = [self.dense(layer, None) for layer in self.paged_layers if layer.is_initialized]
         return DynamicCache(data)
 

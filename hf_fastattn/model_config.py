@@ -35,3 +35,10 @@ def last_caching_layer(config: Any) -> int:
     if modes is not None:
         return max(i for i, mode in enumerate(modes) if mode != "reuse")
     return config.num_hidden_layers - 1 - (getattr(config, "num_kv_shared_layers", None) or 0)
+
+
+def window_of_all_layers(config: Any) -> int | None:
+    """Return the tokens that a query sees at most in any layer of a text config; None if some layer sees all."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"]  # older configs name a window and no types
+    return window if window and all(kind == "sliding_attention" for kind in types) else None

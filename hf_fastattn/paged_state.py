@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .block_pool import BlockPoolExhausted, BlockTables
+from .block_pool import NO_BLOCK, BlockPoolExhausted, BlockTables
 from .kv_pool import KVPool, move_blocks, persistent
 
 GROWTH_SLACK = 256
@@ -23,6 +23,9 @@ GROWTH_SLACK = 256
 
 EXPECTED_SLACK = 1024
 """The same where the length that sequences can reach is known, which is then the limit."""
+
+WINDOW_MARGIN = 128
+"""Tokens behind a sliding window that are kept, so that crop() can go back by as many (assisted decoding does)."""
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Step:
         handles: the masks of the pass were made for handles, so that all its layers have to be given some.
         group: so many consecutive sequences hold the same tokens, which the first of them stores for all.
         schedules: what decode_schedule returned for each kind of layer that has attended.
+        attended: a layer has said how far it looks back.
     """
 
     query_len: int
@@ -53,6 +57,7 @@ class Step:
     last_layer: int | None = None
     group: int = 1
     schedules: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    attended: bool = False
 
 
 @dataclass
@@ -85,6 +90,7 @@ class PagedState:
         keep_hidden: store hidden columns too, except before a sequence's first token. A sliding window counts columns.
         reserve: tokens per sequence that are expected at most, see EXPECTED_SLACK.
         sequences_per_prompt: so many consecutive sequences begin with the same prompt and share its blocks.
+        window: tokens that a query sees at most, in every layer: blocks behind that are freed unless room is reserved.
     """
 
     def __init__(
@@ -95,10 +101,12 @@ class PagedState:
         keep_hidden: bool,
         reserve: int | None = None,
         sequences_per_prompt: int = 1,
+        window: int | None = None,
     ) -> None:
         self.memory, self.pool, self.block_size = memory, memory.ids, memory.block_size
         self.max_length, self.keep_hidden, self.reserve = max_length, keep_hidden, reserve
-        self.group = sequences_per_prompt
+        self.group, self.window = sequences_per_prompt, window
+        self.frees = window is not None and not self.reserved  # dense readers of the cache may look anywhere
         self.sharing = self.group > 1
         self.prompt_columns = 0  # columns in which the sequences of a group are the same; at least the first pass
         self.tables = BlockTables(self.pool, self.block_size)
@@ -135,6 +143,8 @@ class PagedState:
         tokens = query_len + (GROWTH_SLACK if self.reserve is None else EXPECTED_SLACK)
         if self.reserve is not None:
             tokens = max(query_len, min(tokens, self.reserve))
+        if self.frees and self.window is not None:
+            tokens = min(tokens, max(query_len, self.window + WINDOW_MARGIN) + GROWTH_SLACK)
         if self.max_length is not None:
             tokens = self.max_length
         blocks, group = self.tables.blocks_for(tokens), self._group
@@ -219,6 +229,27 @@ class PagedState:
         self.seen, self.stored = step.seen, step.stored
         if self.sharing and self.reserved:  # a compiled step that follows cannot do it
             self._end_sharing()
+        if self.frees and step.attended and self.window is not None:
+            reach = self.window - 1 + WINDOW_MARGIN
+            if self.tables.free_before([seq_len - reach for seq_len in self.tables.lens]):
+                self.refresh()
+
+    def look_back(self, step: Step, window: int) -> None:
+        """Take note of how many tokens a layer sees: if more than the model's config says, nothing may be freed.
+
+        Raises:
+            RuntimeError: blocks that the layer needs were freed already.
+        """
+        if self.window is None:
+            return
+        step.attended = True
+        if self.frees and window > self.window:
+            self.frees = False
+            if any(row and row[0] == NO_BLOCK for row in self.tables.rows):
+                raise RuntimeError(
+                    f"a layer looks back {window} tokens, but its config says that all layers see {self.window}, and "
+                    "blocks behind those were freed: set the config's sliding_window or layer_types right"
+                )
 
     def sync(self) -> None:
         """Bring the host's counts up to the device's, after compiled steps."""
@@ -231,15 +262,21 @@ class PagedState:
         self.behind = False
 
     def crop(self, tokens: int) -> None:
-        """Remove the last columns."""
+        """Remove the last columns.
+
+        Raises:
+            ValueError: queries from there on would see blocks behind the window that were freed.
+        """
         self.sync()
-        self.step = None
         columns = max(self.columns - tokens, 0)
-        if self.stored is None:
-            lens = [max(n - (self.columns - columns), 0) for n in self.tables.lens]
-        else:
-            stored = self.stored[:, :columns]
-            lens = (stored.sum(1) + columns - stored.shape[1]).tolist()
+        lens = self._lens_at(columns)
+        if not self.can_go_back(columns):
+            raise ValueError(
+                f"the cache cannot be cropped from {self.columns} to {columns} columns: the model sees {self.window} "
+                f"tokens, and blocks more than {WINDOW_MARGIN} tokens behind them were freed. Crop by at most "
+                f"{WINDOW_MARGIN} tokens, or to 0 and compute the prompt again"
+            )
+        self.step = None
         self.memory.copy(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
         self.sharing = False
         self.columns = columns
@@ -250,6 +287,21 @@ class PagedState:
                 if tables.key_mask is not None:
                     tables.key_mask[row, end:] = 1
         self.refresh()
+
+    def can_go_back(self, columns: int) -> bool:
+        """Return whether every block that the queries from that column on may see is still there."""
+        self.sync()
+        if self.window is None:
+            return True
+        needed = (n - self.window + 1 if n else self.columns for n in self._lens_at(columns))
+        return all(self.tables.num_freed(row) * self.block_size <= max(n, 0) for row, n in enumerate(needed))
+
+    def _lens_at(self, columns: int) -> list[int]:
+        """Return how many tokens of each sequence lie in the first columns."""
+        if self.stored is None:
+            return [max(n - (self.columns - columns), 0) for n in self.tables.lens]
+        stored = self.stored[:, :columns]
+        return (stored.sum(1) + columns - stored.shape[1]).tolist()
 
     def select(self, index: Sequence[int]) -> None:
         """Make the batch sequences index[0], index[1], ...; blocks are shared, only partly filled last ones copied."""
@@ -297,7 +349,14 @@ class PagedState:
             BlockPoolExhausted: no room for the partly filled last blocks; nothing was changed.
         """
         self.sync()
-        twin = PagedState(self.memory, max_length=self.max_length, keep_hidden=self.keep_hidden, reserve=self.reserve)
+        twin = PagedState(
+            self.memory,
+            max_length=self.max_length,
+            keep_hidden=self.keep_hidden,
+            reserve=self.reserve,
+            window=self.window,
+        )
+        twin.frees = self.frees
         lens = [self.tables.lens[i] for i in index]
         rows = [self.tables.rows[i][: self.tables.blocks_for(n)] for i, n in zip(index, lens, strict=True)]
         twin.adopt(rows, lens, seen=torch.ones(len(index), self.columns, dtype=torch.bool))
@@ -334,7 +393,7 @@ class PagedState:
 
     def block_rows(self) -> Sequence[Sequence[int]]:
         """Return the blocks of each sequence."""
-        return self.tables.rows
+        return [[block for block in row if block != NO_BLOCK] for row in self.tables.rows]
 
     def renumber(self, moved: Mapping[int, int]) -> None:
         """Follow the pool when it has grown."""
@@ -355,8 +414,8 @@ class PagedState:
         """Return the state and the blocks that hold tokens, and no others."""
         self.sync()
         rows = [row[: self.tables.blocks_for(n)] for row, n in zip(self.tables.rows, self.tables.lens, strict=True)]
-        used = list(dict.fromkeys(block for row in rows for block in row))
-        place = {block: i for i, block in enumerate(used)}
+        used = list(dict.fromkeys(block for row in rows for block in row if block != NO_BLOCK))
+        place = {block: i for i, block in enumerate(used)} | {NO_BLOCK: NO_BLOCK}
         ids = torch.tensor(used, dtype=torch.long)
         return {
             "sizes": {
@@ -383,7 +442,7 @@ class PagedState:
         """Become the state that snapshot() returned; self is new."""
         self.pool.grow(saved["total"])
         self.tables.rows, self.tables.lens = [list(row) for row in saved["rows"]], list(saved["lens"])
-        self.pool.allocate(len({block for row in self.tables.rows for block in row}))
+        self.pool.allocate(len({block for row in self.block_rows() for block in row}))
         owned: set[int] = set()
         for row in self.tables.rows:
             self.pool.share(block for block in row if block in owned)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .block_pool import NO_BLOCK
 from .cache import BLOCK_SIZE, PagedCache
 from .kv_pool import KVPool, LayerBlocks
 from .model_config import text_config
@@ -271,6 +272,8 @@ class PrefixStore:
                 return new  # two blocks with one key: the first stays
             if not full and any(_common(c.tokens, part) == len(part) for c in [*node.children.values(), *node.partial]):
                 return new  # known, as the beginning of another block
+            if child is None and block == NO_BLOCK:
+                return new  # a sliding window has left it behind: without it, nothing that follows can be found
             if child is None:
                 child = _Node(key, part, block, node)
                 self.pool.ids.share([block])

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .block_pool import NO_BLOCK
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -56,9 +58,11 @@ def cache_stats(state: "PagedState") -> CacheStats:
     filled: dict[int, int] = {}
     for row, seq_len in zip(state.tables.rows, state.tables.lens, strict=True):
         for i, block in enumerate(row):
+            if block == NO_BLOCK:
+                continue
             filled[block] = max(filled.get(block, 0), min(max(seq_len - i * size, 0), size))
     stored, per_block = sum(filled.values()), state.memory.bytes_per_block
-    separate = sum(map(len, state.tables.rows))
+    separate = sum(map(len, state.block_rows()))
     prompt, reused = state.prefix_hits
     return CacheStats(
         num_blocks=pool.num_blocks,

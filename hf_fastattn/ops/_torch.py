@@ -44,27 +44,39 @@ def attend_paged(
     if lens and max(lens) > limit:
         raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
+    size = k_cache.shape[1]
+
+    def first_seen(position: int) -> int:  # block; those before it may be gone
+        return max(position - window + 1, 0) // size if causal else 0
+
     if query_positions is None and lens and min(lens) == max(lens) > 0:
-        run = even_runs(block_table, -(-lens[0] // k_cache.shape[1]))
+        first = first_seen(lens[0] - query_len)
+        run = even_runs(block_table[:, first:], -(-lens[0] // size) - first)
         if run is not None and is_flat(k_cache) and is_flat(v_cache):
-            k, v = (view_runs(cache, num_seqs, lens[0], *run) for cache in (k_cache, v_cache))
-            return attend_dense(q, k, v, key_mask, sinks, **options)
+            k, v = (view_runs(cache, num_seqs, lens[0] - first * size, *run) for cache in (k_cache, v_cache))
+            mask = None if key_mask is None else key_mask[:, first * size :]
+            return attend_dense(q, k, v, mask, sinks, **options)
     plain = key_mask is None and sinks is None and softcap == 0.0 and window >= max(lens, default=0)
     if plain and query_len == 1 and query_positions is None and q.is_cpu and q.shape[3] == v_cache.shape[3]:
         return attend_pieces(q, k_cache, v_cache, block_table, lens, shared_prefixes, softmax_scale)
     out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])
     for row, seq_len in enumerate(lens):
-        blocks = block_table[row, : -(-seq_len // k_cache.shape[1])].tolist()
-        k, v = (read_blocks(cache, blocks, seq_len) for cache in (k_cache, v_cache))
-        q_row, mask = q[row : row + 1], None if key_mask is None else key_mask[row : row + 1]
-        if query_positions is None:
+        positions, oldest = None, seq_len - query_len
+        if query_positions is not None:
+            positions = query_positions[row]
+            real = (positions >= 0).nonzero().flatten()
+            count = real.numel()
+            if count == 0:
+                continue
+            oldest = int(positions[real[0]])
+        first = first_seen(oldest)
+        blocks = block_table[row, first : -(-seq_len // size)].tolist()
+        k, v = (read_blocks(cache, blocks, seq_len - first * size) for cache in (k_cache, v_cache))
+        q_row, mask = q[row : row + 1], None if key_mask is None else key_mask[row : row + 1, first * size :]
+        if positions is None:
             out[row] = attend_dense(q_row, k, v, mask, sinks, **options)[0]
             continue
-        positions = query_positions[row]
-        real = (positions >= 0).nonzero().flatten()
-        count = real.numel()
-        if count == 0:
-            continue
+        positions = positions - first * size
         last = int(positions[real[-1]]) + 1  # in-order positions without a gap end at `last`
         if causal and last - int(positions[real[0]]) == count:
             k, v = k[:, :, :last], v[:, :, :last]

@@ -26,6 +26,7 @@ from .decode import DECODE_FAULTS
 from .faults import FAULTS, Fault
 from .glue import GLUE_FAULTS
 from .linear import LINEAR_FAULTS
+from .sharing import SHARING_FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
@@ -141,7 +142,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the faults and exit")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     options = parser.parse_args()
-    known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS
+    known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS + SHARING_FAULTS
     chosen = [f for f in known if not options.words or any(w in f.name or w in f.file for w in options.words)]
     if importlib.util.find_spec("triton") is None:
         chosen = [fault for fault in chosen if not fault.interpreted]

@@ -56,22 +56,22 @@ GLUE_FAULTS = [
     Fault(
         "stale seq_lens",
         ATTENTION,
-        "seq_lens=tables.seq_lens,\n            key_mask=tables.key_mask,\n            **options.decode()",
-        "seq_lens=tables.past_lens,\n            key_mask=tables.key_mask,\n            **options.decode()",
+        '"seq_lens": tables.seq_lens,',
+        '"seq_lens": tables.past_lens,',
         (f"{GENERATE}[llama-greedy]",),
     ),
     Fault(
         "key mask of hidden columns dropped",
         ATTENTION,
-        "key_mask=tables.key_mask,\n            **options.decode()",
-        "key_mask=None,\n            **options.decode()",
+        "k_cache, v_cache, key_mask=tables.key_mask, schedule",
+        "k_cache, v_cache, key_mask=None, schedule",
         (f"{GENERATE}[mistral-holes]",),
     ),
     Fault(
         "positions of padded chunks dropped",
         ATTENTION,
-        "out = _attend_blocks(query, layer, step.positions",
-        "out = _attend_blocks(query, layer, None",
+        "layer.k_cache, layer.v_cache, step.positions\n",
+        "layer.k_cache, layer.v_cache, None\n",
         (f"{GENERATE}[llama-chunked_holes]",),
     ),
     Fault(
@@ -279,8 +279,8 @@ GLUE_FAULTS = [
     Fault(
         "pools cloned in a compiled step",
         ATTENTION,
-        "return ops.decode_attention(\n            query,\n            layer.k_cache,",
-        "return ops.decode_attention(\n            query,\n            layer.k_cache.roll(1, 0).roll(-1, 0),",
+        "query, k_cache, v_cache, key_mask=tables",
+        "query, k_cache.roll(1, 0).roll(-1, 0), v_cache, key_mask=tables",
         ("tests/transformers/test_compiled.py::test_inductor_writes_pools_in_place",),
     ),
     Fault(
