@@ -8,12 +8,18 @@ other devices every block keeps its number.
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .block_pool import BlockPool, BlockPoolExhausted
+
+if TYPE_CHECKING:
+    from .paged_state import PagedState, Step
+
+MEMORY_FULL = "; the host's memory does not hold that many"
+"""Detail of a BlockPoolExhausted that no larger limit would avoid."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,10 +37,31 @@ def persistent(make: Callable[P, T]) -> Callable[P, T]:
 
 
 class LayerBlocks:
-    """Keys and values of one layer, (num_blocks, block_size, num_kv_heads, head_dim); None before their first use."""
+    """Keys and values of one layer, (num_blocks, block_size, num_kv_heads, head_dim); None before their first use.
+
+    Attributes:
+        device: where ops read them; None before their first use.
+        offloaded: the tensors are kept elsewhere, see :mod:`hf_fastattn.offload`.
+    """
+
+    offloaded = False
 
     def __init__(self, k_cache: Tensor | None = None, v_cache: Tensor | None = None) -> None:
         self.k_cache, self.v_cache = k_cache, v_cache
+        self.device = None if k_cache is None else k_cache.device
+
+    def fetch(self, state: "PagedState", step: "Step | None") -> tuple[Tensor, Tensor]:
+        """Return the tensors for ops to read and write; they hold what the state had stored when the step began."""
+        k_cache, v_cache = self.k_cache, self.v_cache
+        assert k_cache is not None and v_cache is not None
+        return k_cache, v_cache
+
+    def written(self, state: "PagedState", step: "Step") -> None:
+        """Take note that a step's new tokens were written into the tensors that fetch() returned."""
+
+    def new_tensor(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return uninitialized blocks, see :func:`allocate_blocks`."""
+        return allocate_blocks(like, shape)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -72,6 +99,7 @@ class KVPool:
         sizes = [len(tensor) for layer in layers for tensor in layer.tensors]
         self.ids = BlockPool(min(sizes, default=0) if num_blocks is None else num_blocks)
         self.users: weakref.WeakSet[PoolUser] = weakref.WeakSet()
+        self.offload = any(layer.offloaded for layer in layers)
 
     @property
     def bytes_per_block(self) -> int:
@@ -85,7 +113,7 @@ class KVPool:
             layer: which to look at. k: its first keys, (num_seqs, num_kv_heads, query_len, head_dim).
         """
         old = self.layers[layer].k_cache
-        if old is not None and not self._fits(old, k) and self.num_blocks is None and not self.ids.num_used:
+        if old is not None and not self._fits(layer, old, k) and self.num_blocks is None and not self.ids.num_used:
             for blocks in self.layers:
                 blocks.k_cache = blocks.v_cache = None
             self.ids.replace(BlockPool(0))
@@ -96,22 +124,34 @@ class KVPool:
 
         Args:
             layer: which. k, v: its first states, (num_seqs, num_kv_heads, query_len, head_dim).
+
+        Raises:
+            BlockPoolExhausted: the memory that offloaded blocks are kept in is full.
         """
-        blocks = self.layers[layer]
-        blocks.k_cache, blocks.v_cache = (
-            old if old is not None and self._fits(old, states) else self._new(states, states.shape[1::2])
-            for old, states in ((blocks.k_cache, k), (blocks.v_cache, v))
-        )
+        blocks, total = self.layers[layer], self.ids.num_blocks
+        pairs = [(old, x) for old, x in ((blocks.k_cache, k), (blocks.v_cache, v))]
+        fitting = [old if old is not None and self._fits(layer, old, states) else None for old, states in pairs]
+        blocks.device = k.device
+        try:
+            blocks.k_cache, blocks.v_cache = (
+                blocks.new_tensor(states, (total, self.block_size, *states.shape[1::2])) if old is None else old
+                for old, states in zip(fitting, (k, v), strict=True)
+            )
+        except MemoryError as error:
+            raise BlockPoolExhausted(total, 0, total, MEMORY_FULL) from error
 
     def make_room(self, count: int) -> None:
         """Have at least count free blocks: the pool grows, or, if it is fixed, users give up what they keep in reserve.
 
         Raises:
-            BlockPoolExhausted: the pool is fixed and too full.
+            BlockPoolExhausted: the pool is fixed and too full, or the memory that offloaded blocks are kept in is.
         """
         lacking = count - self.ids.num_free
         if lacking > 0 and self.num_blocks is None:
-            self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
+            try:
+                self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
+            except MemoryError as error:
+                raise BlockPoolExhausted(count, self.ids.num_free, self.ids.num_blocks, MEMORY_FULL) from error
             return
         for user in list(self.users):
             if self.ids.num_free < count:
@@ -135,7 +175,7 @@ class KVPool:
                 for name in ("k_cache", "v_cache"):
                     old = getattr(layer, name)
                     if old is not None:
-                        setattr(layer, name, move_blocks(old, num_blocks, source, target))
+                        setattr(layer, name, move_blocks(old, num_blocks, source, target, layer.new_tensor))
                         done.append((layer, name))
         except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors
             for layer, name in done:  # what has moved goes back to its old place, at the beginning of the longer tensor
@@ -162,12 +202,9 @@ class KVPool:
             for cache in layer.tensors:
                 cache[target.to(cache.device)] = cache[source.to(cache.device)]
 
-    def _fits(self, blocks: Tensor, states: Tensor) -> bool:
-        like = (blocks.dtype, blocks.device) == (states.dtype, states.device)
+    def _fits(self, layer: int, blocks: Tensor, states: Tensor) -> bool:
+        like = (blocks.dtype, self.layers[layer].device) == (states.dtype, states.device)
         return like and blocks.shape[2:] == states.shape[1::2] and len(blocks) >= self.ids.num_blocks
-
-    def _new(self, like: Tensor, heads_and_dim: Sequence[int]) -> Tensor:
-        return allocate_blocks(like, (self.ids.num_blocks, self.block_size, *heads_and_dim))
 
 
 def _place(rows: Sequence[Sequence[int]], num_blocks: int) -> tuple[BlockPool, dict[int, int]]:
@@ -185,14 +222,6 @@ def _place(rows: Sequence[Sequence[int]], num_blocks: int) -> tuple[BlockPool, d
     return pool, moved
 
 
-@persistent
-def move_blocks(cache: Tensor, num_blocks: int, source: Tensor, target: Tensor) -> Tensor:
-    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
-    new = allocate_blocks(cache, (num_blocks, *cache.shape[1:]))
-    new[target.to(cache.device)] = cache[source.to(cache.device)]
-    return new
-
-
 def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
 
@@ -206,3 +235,17 @@ def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
         blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
     torch._dynamo.mark_static_address(blocks)
     return blocks
+
+
+@persistent
+def move_blocks(
+    cache: Tensor,
+    num_blocks: int,
+    source: Tensor,
+    target: Tensor,
+    new_tensor: Callable[[Tensor, Sequence[int]], Tensor] = allocate_blocks,
+) -> Tensor:
+    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
+    new = new_tensor(cache, (num_blocks, *cache.shape[1:]))
+    new[target.to(cache.device)] = cache[source.to(cache.device)]
+    return new

@@ -235,8 +235,8 @@ FAULTS = [
         ),
         (
             "key mask ignored over blocks",
-            "key_mask=tables.key_mask,\n            **options.decode()",
-            "key_mask=None,\n            **options.decode()",
+            "k_cache, v_cache, key_mask=tables.key_mask, schedule",
+            "k_cache, v_cache, key_mask=None, schedule",
         ),
         ("old keys ignored", "        if step.fresh:\n", "        if True:\n"),
         (
