@@ -260,11 +260,14 @@ def test_blocks_of_two_tables_on_one_pool_part_ways_too():
     assert (one.rows, two.rows) == ([[0, 1]], [[0, 2]])
     one.pool.share(one.rows[0])
     two.release()
-    two.rows, two.lens = [list(one.rows[0])], [6]
-    one.pool.allocate(2)
-    with pytest.raises(BlockPoolExhausted, match="1 were wanted"):
+    one.pool.share(one.rows[0])
+    two.rows, two.lens = [list(one.rows[0]) for _ in range(2)], [6, 6]
+    one.pool.allocate(1)
+    before = picture(one.pool)
+    with pytest.raises(BlockPoolExhausted, match="1 of 4 blocks free, 2 were wanted"):
         two.make_tails_private()
-    assert two.rows == [[0, 1]]
+    assert two.rows == [[0, 1], [0, 1]]
+    assert picture(one.pool) == before
 
 
 def test_release_gives_everything_back():

@@ -91,3 +91,13 @@ def test_unknown_model_gets_a_sentence() -> None:
     errors = run("batch_generation", "--model", "no/such-model", code=1)
     assert "cannot load the model 'no/such-model'" in errors
     assert "Traceback" not in errors
+
+
+def test_a_shared_prompt_is_computed_once(tmp_path: Path) -> None:
+    output = run("shared_prompt", "--max-new-tokens", "6", "--picture", str(tmp_path / "blocks.png"))
+    separate, forked, stored = numbers(r"computed: (\d+) separately, (\d+) with a fork, (\d+) one by one", output)
+    assert forked < separate / 2
+    assert stored < separate / 2
+    assert "same text: yes" in output
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+    assert "expected a text file as --system" in run("shared_prompt", "--system", "/no/such/file", code=1)

@@ -259,11 +259,15 @@ def test_a_full_pool_takes_blocks_from_the_store_but_never_those_in_use(llama):
 
 
 def test_a_growing_pool_keeps_what_is_known(llama, store):
-    Turn(llama, store, tokens(1, 40))
-    blocks = store.pool.ids.num_blocks
-    Turn(llama, store, tokens(4, 400, seed=2), new=1)
+    prompts = [tokens(1, 40, seed=seed) for seed in range(3)]
+    for ids in prompts:
+        Turn(llama, store, ids)
+    blocks, places = store.pool.ids.num_blocks, sorted(map(tuple, store.block_rows()))
+    Turn(llama, store, tokens(4, 400, seed=9), new=1, add=False)
     assert store.pool.ids.num_blocks > blocks
-    assert Turn(llama, store, tokens(1, 40)).hits == 39
+    assert sorted(map(tuple, store.block_rows())) != places
+    for ids in prompts:
+        assert Turn(llama, store, ids).hits == 39
 
 
 def test_a_cache_goes_on_after_it_was_added(llama, store):
