@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_fastattn
-from hf_fastattn import BlockPoolExhausted, PagedCache
+from hf_fastattn import BlockPoolExhausted, PagedCache, ops
 from hf_fastattn.kv_pool import KVPool
 from hf_fastattn.paged_state import common_prefixes
 from tests.test_cache_machine import check_state
@@ -141,6 +141,24 @@ def test_beams_save_the_memory_of_their_prompt(llama, beams, goal):
     assert 1 - used_blocks(cache) / separate >= goal
     assert cache.stats().saved >= goal
     check_state(cache)
+
+
+def test_decoding_gets_what_is_shared_and_one_schedule_per_step(llama, monkeypatch):
+    ids = tokens(2, 40).repeat_interleave(3, 0)
+    cache = llama.cache(sequences_per_prompt=3)
+    forward(llama, cache, ids)
+    attends, schedules = [], []
+    attend, schedule = ops.decode_attention, ops.decode_schedule
+    monkeypatch.setattr(ops, "decode_attention", lambda *a, **kw: (attends.append(kw), attend(*a, **kw))[1])
+    monkeypatch.setattr(ops, "decode_schedule", lambda *a, **kw: (schedules.append(kw), schedule(*a, **kw))[1])
+    for step in range(2):
+        forward(llama, cache, tokens(6, 1, seed=step))
+    assert len(attends) == 4  # two layers
+    assert len(schedules) == 2
+    for given in [*attends, *schedules]:
+        assert given["shared_prefixes"][:3].tolist() == [[0, 3, 0, 2], [3, 3, 0, 2], [0, 0, 0, 0]]
+    assert attends[0]["schedule"] is attends[1]["schedule"]
+    assert len(attends[0]["shared_prefixes"]) <= 8
 
 
 class CountCopies(TorchDispatchMode):
