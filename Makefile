@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := 5.17.0
 THREADS := OMP_NUM_THREADS=2
+# Two processes with a thread each: most tests are Python.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: quickstart test check lint types faults soak clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
 
@@ -22,17 +24,17 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 test-cpu: $(VENV)/.ready
-	$(THREADS) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu and not soak"
+	$(PYTEST) -m "not interpret and not compile and not gpu and not soak"
 
 # The oldest supported transformers lies in a folder of its own, in front of the newest one.
 test-oldest: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
-	$(THREADS) PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(BIN)/python -m pytest -q -m "not interpret and not compile and not gpu and not soak" tests/transformers
+	PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m "not interpret and not compile and not gpu and not soak" tests/transformers
 
 test-interpret: $(VENV)/.ready
-	$(THREADS) TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret tests/interpret
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
 
 test-compile: $(VENV)/.ready
-	$(THREADS) $(BIN)/python -m pytest -q -m compile tests/compile
+	$(PYTEST) -m compile tests/compile
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m gpu tests/gpu

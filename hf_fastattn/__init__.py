@@ -19,6 +19,7 @@ from .masks import fastattn_mask
 from .prefix_store import PrefixStats, PrefixStore
 from .stats import CacheStats, plot_blocks
 from .version import __version__
+from .warmup import warmup
 
 __all__ = [
     "IMPLEMENTATION",
@@ -35,6 +36,7 @@ __all__ = [
     "release",
     "restore_linears",
     "unpaged",
+    "warmup",
 ]
 
 AttentionInterface.register(IMPLEMENTATION, fastattn_attention)

@@ -89,12 +89,12 @@ def _paged_attention(
     else:
         step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
         cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
-        cache.store(layer, new, step, tables)
+        k_cache, v_cache = cache.store(layer, new, step, tables)
         if step.fresh:
             key_mask = None if step.mask is None else step.mask.to(query.device)
             out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
         else:
-            out = _attend_blocks(query, layer, step, tables, options)
+            out = _attend_blocks(query, k_cache, v_cache, step, tables, options)
     current = cache.state.step
     assert current is not None
     if current.last_layer is None:
@@ -105,11 +105,10 @@ def _paged_attention(
 
 
 def _attend_blocks(
-    query: Tensor, layer: PagedLayer, step: Step, tables: DeviceTables, options: AttentionOptions
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step, tables: DeviceTables, options: AttentionOptions
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
-    k_cache, v_cache, positions = layer.k_cache, layer.v_cache, step.positions
-    assert k_cache is not None and v_cache is not None
+    positions = None if step.rests else step.positions
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
         given: dict[str, Any] = {
             "block_table": tables.block_table,

@@ -9,13 +9,17 @@ class names the native one (a deepcopy of the model stays paged). :func:`paged` 
 
 import copy
 import functools
+import weakref
+from types import SimpleNamespace
 from typing import Any, Self, TypeVar
 
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
+from .compile_policy import forgiving, gave_up, length_to_size
 from .generate import generate
 from .leases import lease
 from .model_config import text_config
@@ -36,6 +40,9 @@ FAMILIES = (
     "starcoder2",
 )
 """Model types that are paged by default when an Auto class loads them with "fastattn"."""
+
+LOOK_EVERY = 16
+"""Steps after which a GPU is asked which rows have finished: the host would wait for it at every one."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,15 +69,40 @@ class PagedByDefault:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
+        given = model_kwargs.get("past_key_values")
+        if isinstance(given, PagedCache) and max_cache_length > (given.state.max_length or max_cache_length):
+            given.state.stretch()  # if it was an earlier call that sized it
         if not _takes_paged_cache(self, generation_config, model_kwargs):
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, mode, batch_size, max_cache_length
             )
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        steps = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # others never take a compiled step
+        probe = {"past_key_values": SimpleNamespace(is_compileable=True)}
+        length = None
+        if steps and max_cache_length > 0 and self._valid_auto_compile_criteria(probe, generation_config):
+            length = length_to_size(self, text_config(self.config), batch_size * sequences, max_cache_length)  # type: ignore[attr-defined]
         model_kwargs["past_key_values"] = _make_cache(
-            self, generation_config, model_kwargs, batch_size, max_cache_length, sequences
+            self, generation_config, model_kwargs, batch_size, max_cache_length, sequences, length
         )
+        if steps and not generation_config.return_dict_in_generate:  # nobody sees the logits of finished rows
+            generation_config._cache_of_call = weakref.ref(model_kwargs["past_key_values"])
         return None
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
+        cache = vars(generation_config).pop("_cache_of_call", lambda: None)()
+        if cache is None or not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            return criteria  # without such a criterion, rows that are finished go on with real tokens
+        return _TellingCriteria(criteria, cache)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        valid = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        return valid and not gave_up(self)  # type: ignore[arg-type]
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return the compiled model, which falls back to the model itself."""
+        return forgiving(self, super().get_compiled_call(compile_config))  # type: ignore[arg-type,misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -95,6 +127,29 @@ class PagedByDefault:
         return twin
 
 
+class _TellingCriteria(StoppingCriteriaList):
+    """The stopping criteria of a call, which tell its cache which rows have finished; they are padded from then on."""
+
+    def __init__(self, criteria: Any, cache: PagedCache) -> None:
+        super().__init__(criteria)
+        self.cache, self.calls = weakref.ref(cache), 0
+        self.finished: Any = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Return whether each row is finished, as transformers' list does."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.finished = done if self.finished is None else self.finished | done
+        self.calls += 1
+        cache = self.cache()
+        if cache is not None and (_host_knows(done) or self.calls % LOOK_EVERY == 0):
+            cache.state.finish(self.finished.tolist())
+        return done
+
+
+def _host_knows(tensor: Any) -> bool:
+    return tensor.is_cpu
+
+
 def _takes_paged_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Return whether a call leaves the choice of its cache to us, and the model can use ours."""
     chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
@@ -113,6 +168,7 @@ def _make_cache(
     batch_size: int,
     max_cache_length: int,
     sequences_per_prompt: int,
+    length: int | None = None,
 ) -> PagedCache:
     """Return the cache of one call of generate(), over the model's idle pool if it has one.
 
@@ -123,13 +179,19 @@ def _make_cache(
         batch_size: prompts.
         max_cache_length: columns that the call can fill.
         sequences_per_prompt: rows that start from each prompt.
+        length: tokens per sequence to size the cache for, so that its decode step is compiled; None: as needed.
     """
     if model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None:
         sequences_per_prompt = 1  # rows with the same tokens may have different states
     pool = lease(model, BLOCK_SIZE, text_config(model.config).num_hidden_layers)
     cache = PagedCache(
-        model.config, reserve=max(max_cache_length, 1), sequences_per_prompt=sequences_per_prompt, pool=pool
+        model.config,
+        max_length=length,
+        reserve=max(max_cache_length, 1),
+        sequences_per_prompt=sequences_per_prompt,
+        pool=pool,
     )
+    cache.state.elastic = length is not None
     mask = model_kwargs.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         cache.state.prompt_columns = mask.shape[1]  # it may come in chunks

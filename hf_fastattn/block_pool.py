@@ -250,6 +250,12 @@ class BlockTables:
         self.pool.free(freed)
         return bool(freed)
 
+    def empty(self, indices: Iterable[int]) -> None:
+        """Free all blocks of some sequences, which have no tokens then."""
+        for index in indices:
+            self.pool.free(self.rows[index])
+            self.rows[index], self.lens[index] = [], 0
+
     def num_freed(self, row: int) -> int:
         """Return how many blocks of a sequence :meth:`free_before` has freed."""
         blocks = self.rows[row]

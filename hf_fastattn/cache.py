@@ -22,8 +22,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from . import ops
 from .block_pool import NO_BLOCK, BlockPoolExhausted
 from .handles import Handle, NewStates
-from .kv_pool import KVPool, LayerBlocks, persistent
+from .kv_pool import MEMORY_FULL, KVPool, LayerBlocks, persistent
 from .model_config import last_caching_layer, layer_types, text_config, window_of_all_layers
+from .offload import offloaded_layers
 from .paged_state import DeviceTables, PagedState, Step
 from .stats import CacheStats, cache_stats
 
@@ -32,6 +33,14 @@ IMPLEMENTATION = "fastattn"
 
 BLOCK_SIZE = 64
 """Tokens per block where nobody says otherwise."""
+
+
+def _refuse_export() -> None:
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a PagedCache cannot be exported: its block tables change on the host between forward passes. Export "
+            "the model with another cache, or compile it with torch.compile"
+        )
 
 
 class PagedLayer(CacheLayerMixin):
@@ -54,7 +63,7 @@ class PagedLayer(CacheLayerMixin):
 
     @property
     def k_cache(self) -> Tensor | None:
-        """The layer's keys, (num_blocks, block_size, num_kv_heads, head_dim); None before the first use."""
+        """The layer's keys where they are kept, (num_blocks, block_size, num_kv_heads, head_dim); None before use."""
         return self.blocks.k_cache if self.is_initialized else None
 
     @property
@@ -70,12 +79,14 @@ class PagedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys as a dense copy, (num_seqs, num_kv_heads, columns, head_dim); columns never stored are 0."""
-        return None if self.k_cache is None else self.cache.dense(self, None)[0]
+        with self.cache.state.lock:
+            return None if self.k_cache is None else self.cache.dense(self, None)[0]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All values as a dense copy, like :attr:`keys`."""
-        return None if self.v_cache is None else self.cache.dense(self, None)[1]
+        with self.cache.state.lock:
+            return None if self.v_cache is None else self.cache.dense(self, None)[1]
 
     @property
     def batch_size(self) -> int:
@@ -92,16 +103,13 @@ class PagedLayer(CacheLayerMixin):
             with self.cache.explain_exhaustion(key_states):
                 state.add_batch(key_states.shape[0], key_states.shape[2])
         state.on(key_states.device)
-        state.memory.allocate(self.layer_idx, key_states, value_states)
+        with self.cache.explain_exhaustion(key_states):
+            state.memory.allocate(self.layer_idx, key_states, value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
-        if torch.compiler.is_exporting():
-            raise RuntimeError(
-                "a PagedCache cannot be exported: its block tables change on the host between forward passes. Export "
-                "the model with another cache, or compile it with torch.compile"
-            )
+        _refuse_export()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = NewStates(self, key_states, value_states, self.cache)
@@ -161,7 +169,10 @@ class PagedCache(Cache):
         sequences_per_prompt: so many consecutive rows of the batch begin with the same tokens (beams, returned
             sequences): they share the blocks of the first forward pass, which only the first row of each group stores.
             Nothing is compared: rows that differ there are your error.
-        pool: memory to lie on, which other caches may use too; it brings block_size and num_blocks. None: its own.
+        offload: keep the blocks in the host's memory (pinned, under CUDA) and only two layers at a time on the device:
+            for contexts that the device does not hold. The decode step is not compiled then.
+        pool: memory to lie on, which other caches may use too; it brings block_size, num_blocks and offload. None: its
+            own.
 
     Raises:
         ValueError: a bad size, or a model that keeps other state than keys and values (state space, encoder-decoder).
@@ -178,8 +189,10 @@ class PagedCache(Cache):
         max_length: int | None = None,
         reserve: int | None = None,
         sequences_per_prompt: int = 1,
+        offload: bool = False,
         pool: KVPool | None = None,
     ) -> None:
+        _refuse_export()
         self.config = text_config(config)
         if block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
@@ -189,8 +202,12 @@ class PagedCache(Cache):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         types = layer_types(self.config)
         sliding = any(kind.startswith("sliding") for kind in types) or getattr(self.config, "sliding_window", None)
+        if not isinstance(offload, bool):
+            raise TypeError(f"offload must be True or False, got {offload!r}")
         if pool is None:
-            pool = KVPool(block_size, num_blocks, [LayerBlocks() for _ in range(self.config.num_hidden_layers)])
+            count = self.config.num_hidden_layers
+            layers = offloaded_layers(count) if offload else [LayerBlocks() for _ in range(count)]
+            pool = KVPool(block_size, num_blocks, layers)
         self.state = PagedState(
             pool,
             max_length=max_length,
@@ -227,16 +244,18 @@ class PagedCache(Cache):
                 step = self._begin(layer.layer_idx, new.k, mask)
         return step, self.state.on(new.k.device)
 
-    def store(self, layer: PagedLayer, new: NewStates, step: Step, tables: DeviceTables) -> None:
-        """Write a layer's new states into its blocks."""
-        assert layer.k_cache is not None and layer.v_cache is not None
+    def store(self, layer: PagedLayer, new: NewStates, step: Step, tables: DeviceTables) -> tuple[Tensor, Tensor]:
+        """Write a layer's new states into its blocks; return these, (num_blocks, block_size, heads, head_dim) each."""
+        k_cache, v_cache = layer.blocks.fetch(self.state, step)
         positions = None if step.positions is None else step.positions.to(new.k.device)
         k, v = (new.k.detach(), new.v.detach()) if torch.is_grad_enabled() else (new.k, new.v)
         block_table, past_lens = tables.block_table, tables.past_lens
         if step.group > 1:  # the first of each group stores for all
             k, v, block_table, past_lens = (x[:: step.group] for x in (k, v, block_table, past_lens))
             positions = None if positions is None else positions[:: step.group]
-        ops.store_kv(k, v, layer.k_cache, layer.v_cache, block_table, past_lens, positions=positions)
+        ops.store_kv(k, v, k_cache, v_cache, block_table, past_lens, positions=positions)
+        layer.blocks.written(self.state, step)
+        return k_cache, v_cache
 
     def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
@@ -274,12 +293,12 @@ class PagedCache(Cache):
             layer: whose.
             step: the forward pass whose columns are wanted too; None for those of complete ones.
         """
-        assert layer.k_cache is not None and layer.v_cache is not None
-        slots, stored = self._slots(layer.k_cache.device, step)
+        caches = layer.blocks.fetch(self.state, step)
+        slots, stored = self._slots(caches[0].device, step)
         missing = ~stored | (slots < 0)
         return tuple(
             cache.flatten(0, 1)[slots.clamp(min=0)].masked_fill(missing[:, :, None, None], 0).transpose(1, 2)
-            for cache in (layer.k_cache, layer.v_cache)
+            for cache in caches
         )  # type: ignore[return-value]
 
     def _slots(self, device: torch.device, step: Step | None) -> tuple[Tensor, Tensor]:
@@ -479,8 +498,9 @@ class PagedCache(Cache):
         )
 
     def to_dynamic(self) -> DynamicCache:
-        """Return a DynamicCache with the same contents; columns never stored, or freed, are 0: a mask must hide them."""
-        data = [self.dense(layer, None) for layer in self.paged_layers if layer.is_initialized]
+        """Return a DynamicCache with the same contents; columns never stored or freed are 0, and a mask hides them."""
+        with self.state.lock:  # no other thread lets the pool grow meanwhile
+            data = [self.dense(layer, None) for layer in self.paged_layers if layer.is_initialized]
         return DynamicCache(data)
 
     @classmethod
@@ -564,10 +584,11 @@ class PagedCache(Cache):
         if not per_block and states is not None:
             heads, head_dim = states.shape[1], states.shape[3]
             per_block = 2 * len(self.layers) * size * heads * head_dim * states.element_size()
-        advice = "max_length" if full.detail else "num_blocks"  # the pool is full, or a sequence is at its limit
+        limit = "max_length" if full.detail else "num_blocks"  # the pool is full, or a sequence is at its limit
+        advice = "" if full.detail == MEMORY_FULL else f"a larger {limit} to PagedCache, "
         detail = (
             f" ({full.wanted * size} tokens, {full.wanted * per_block / 2**20:.1f} MiB; the pool holds "
             f"{full.total * size} tokens in {full.total * per_block / 2**20:.1f} MiB){full.detail}. The cache is as it "
-            f"was before the call. Pass a larger {advice} to PagedCache, a smaller batch, or shorter sequences"
+            f"was before the call. Pass {advice}a smaller batch, or shorter sequences"
         )
         return BlockPoolExhausted(full.wanted, full.free, full.total, detail)

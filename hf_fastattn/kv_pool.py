@@ -8,12 +8,13 @@ other devices every block keeps its number.
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .block_pool import BlockPool, BlockPoolExhausted
+from .pool_lock import PoolLock, locked
 
 if TYPE_CHECKING:
     from .paged_state import PagedState, Step
@@ -68,6 +69,11 @@ class LayerBlocks:
         """The tensors that there are."""
         return [tensor for tensor in (self.k_cache, self.v_cache) if tensor is not None]
 
+    @property
+    def resident(self) -> list[Tensor]:
+        """The tensors that ops read, which several layers may have in common."""
+        return self.tensors
+
 
 class PoolUser(Protocol):
     """Who holds blocks of a pool: a cache's state, a prefix store."""
@@ -82,6 +88,10 @@ class PoolUser(Protocol):
 
     def reclaim(self, count: int) -> None:
         """Give up to count blocks back that are kept only in case they are wanted again."""
+        ...
+
+    def pass_thread(self) -> int | None:
+        """Return the thread that has begun a forward pass over the blocks; None if none has."""
         ...
 
 
@@ -99,6 +109,8 @@ class KVPool:
         sizes = [len(tensor) for layer in layers for tensor in layer.tensors]
         self.ids = BlockPool(min(sizes, default=0) if num_blocks is None else num_blocks)
         self.users: weakref.WeakSet[PoolUser] = weakref.WeakSet()
+        self.lock = PoolLock(self.ids.free)
+        self.kept_tables: dict[tuple[int, int, torch.device], Any] = {}  # of sized caches that are gone, see PagedState
         self.offload = any(layer.offloaded for layer in layers)
 
     @property
@@ -106,6 +118,13 @@ class KVPool:
         """Bytes of one block in all layers that are in use."""
         return sum(t[0].numel() * t.element_size() for layer in self.layers for t in layer.tensors)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of what ops read."""
+        tensors = {id(tensor): tensor for layer in self.layers for tensor in layer.resident}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @locked
     def drop_misfits(self, layer: int, k: Tensor) -> None:
         """Forget blocks that nobody owns and that were made for states of another dtype, device or shape.
 
@@ -118,6 +137,7 @@ class KVPool:
                 blocks.k_cache = blocks.v_cache = None
             self.ids.replace(BlockPool(0))
 
+    @locked
     @persistent
     def allocate(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Give a layer its blocks, unless it has some that fit.
@@ -140,14 +160,19 @@ class KVPool:
         except MemoryError as error:
             raise BlockPoolExhausted(total, 0, total, MEMORY_FULL) from error
 
+    @locked
     def make_room(self, count: int) -> None:
         """Have at least count free blocks: the pool grows, or, if it is fixed, users give up what they keep in reserve.
 
         Raises:
             BlockPoolExhausted: the pool is fixed and too full, or the memory that offloaded blocks are kept in is.
+            RuntimeError: another thread's forward pass over the pool does not end.
         """
-        lacking = count - self.ids.num_free
-        if lacking > 0 and self.num_blocks is None:
+        if count > self.ids.num_free and self.num_blocks is None:
+            self.lock.wait_for(lambda: [t for user in self.users if (t := user.pass_thread()) is not None])
+            lacking = count - self.ids.num_free
+            if lacking <= 0:  # other threads have made room meanwhile
+                return
             try:
                 self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
             except MemoryError as error:
@@ -222,6 +247,20 @@ def _place(rows: Sequence[Sequence[int]], num_blocks: int) -> tuple[BlockPool, d
     return pool, moved
 
 
+@persistent
+def move_blocks(
+    cache: Tensor,
+    num_blocks: int,
+    source: Tensor,
+    target: Tensor,
+    new_tensor: Callable[[Tensor, Sequence[int]], Tensor],
+) -> Tensor:
+    """Return a cache of num_blocks, made by new_tensor, whose blocks ``target`` are the old one's ``source``."""
+    new = new_tensor(cache, (num_blocks, *cache.shape[1:]))
+    new[target.to(cache.device)] = cache[source.to(cache.device)]
+    return new
+
+
 def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
 
@@ -235,17 +274,3 @@ def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
         blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
     torch._dynamo.mark_static_address(blocks)
     return blocks
-
-
-@persistent
-def move_blocks(
-    cache: Tensor,
-    num_blocks: int,
-    source: Tensor,
-    target: Tensor,
-    new_tensor: Callable[[Tensor, Sequence[int]], Tensor] = allocate_blocks,
-) -> Tensor:
-    """Return a cache of num_blocks whose blocks ``target`` are the old cache's blocks ``source``."""
-    new = new_tensor(cache, (num_blocks, *cache.shape[1:]))
-    new[target.to(cache.device)] = cache[source.to(cache.device)]
-    return new

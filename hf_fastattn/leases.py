@@ -8,6 +8,7 @@ states of the next cache, layer by layer, so that a model that changed its dtype
 
 import threading
 import weakref
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,7 @@ def lease(model: nn.Module, block_size: int, num_layers: int) -> KVPool:
     if pool is None or pool.block_size != block_size or len(pool.layers) != num_layers:
         pool = KVPool(block_size, None, [LayerBlocks() for _ in range(num_layers)])
     # The pool's end, not a cache's: forks of a cache use it too.
-    weakref.finalize(pool, _give_back, weakref.ref(model), block_size, pool.layers).atexit = False
+    weakref.finalize(pool, _give_back, weakref.ref(model), block_size, pool.layers, pool.kept_tables).atexit = False
     return pool
 
 
@@ -50,9 +51,12 @@ def idle_bytes(model: nn.Module) -> int:
     return 0 if pool is None else _num_bytes(pool)
 
 
-def _give_back(model_ref: "weakref.ref[nn.Module]", block_size: int, layers: list[LayerBlocks]) -> None:
+def _give_back(
+    model_ref: "weakref.ref[nn.Module]", block_size: int, layers: list[LayerBlocks], kept_tables: dict[Any, Any]
+) -> None:
     """Keep the blocks of a pool that is gone, unless the model is gone too or has more idle ones."""
     model, pool = model_ref(), KVPool(block_size, None, layers)
+    pool.kept_tables = kept_tables
     if model is None or not _num_bytes(pool):
         return
     with _lock:

@@ -7,6 +7,7 @@ a forward pass, ``commit`` makes it count. A forward pass that fails between the
 """
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,23 @@ from torch import Tensor
 
 from .block_pool import NO_BLOCK, BlockPoolExhausted, BlockTables
 from .kv_pool import KVPool, move_blocks, persistent
+from .pool_lock import PoolLock, in_forward_pass, locked
 
 GROWTH_SLACK = 256
 """Tokens per sequence that an unsized cache makes room for beyond its first forward pass."""
+
+LEAST_SHARED = 8
+"""Shared prefixes that there is room for at least, once there is one."""
 
 EXPECTED_SLACK = 1024
 """The same where the length that sequences can reach is known, which is then the limit."""
 
 WINDOW_MARGIN = 128
 """Tokens behind a sliding window that are kept, so that crop() can go back by as many (assisted decoding does)."""
+
+
+MAX_KEPT = 16
+"""Sets of device tables that a pool keeps for caches of the same sizes to come."""
 
 
 @dataclass
@@ -43,6 +52,8 @@ class Step:
         group: so many consecutive sequences hold the same tokens, which the first of them stores for all.
         schedules: what decode_schedule returned for each kind of layer that has attended.
         attended: a layer has said how far it looks back.
+        rests: some sequences have finished; positions serve store_kv only, and what their queries see is nobody's
+            business.
     """
 
     query_len: int
@@ -58,6 +69,7 @@ class Step:
     group: int = 1
     schedules: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     attended: bool = False
+    rests: bool = False
 
 
 @dataclass
@@ -112,26 +124,40 @@ class PagedState:
         self.tables = BlockTables(self.pool, self.block_size)
         self.devices: dict[torch.device, DeviceTables] = {}
         self.step: Step | None = None
+        self.thread = 0  # that began the step
+        self.finished: list[bool] | None = None  # see finish()
         self.columns = 0
         self.seen: Tensor | None = None
         self.stored: Tensor | None = None
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
+        self.elastic = False  # max_length was chosen for the speed of one call, and is no limit
         self.prefix_hits = (0, 0)  # tokens asked of a prefix store, tokens that it had
         self.prefix_root: Any = None  # the store's key for what was asked of it
-        memory.users.add(self)
-        weakref.finalize(self, self.tables.release).atexit = False  # others may go on using the pool
+        self.lock = memory.lock
+        with self.lock:
+            memory.users.add(self)
+        weakref.finalize(self, _give_back, self.lock, self.tables).atexit = False  # others may go on using the pool
+        if self.reserved:
+            weakref.finalize(self, _keep_tables, memory.kept_tables, self.devices).atexit = False
 
     @property
     def num_seqs(self) -> int:
         """Rows of the batch, 0 before the first forward pass."""
         return len(self.tables.rows)
 
+    def stretch(self) -> None:
+        """Forget max_length if nobody asked for it: from now on blocks come as they are needed."""
+        if self.elastic:
+            self.sync()
+            self.max_length, self.elastic = None, False
+
     @property
     def reserved(self) -> bool:
         """Whether every sequence has blocks for max_length tokens, so that steps allocate nothing."""
-        return self.max_length is not None and self.memory.num_blocks is None
+        return self.max_length is not None and self.memory.num_blocks is None and not self.memory.offload
 
+    @locked
     def add_batch(self, num_seqs: int, query_len: int) -> None:
         """Make the (empty) sequences of the first forward pass.
 
@@ -159,11 +185,16 @@ class PagedState:
     def on(self, device: torch.device) -> DeviceTables:
         """Return the tables on a device, made on first use."""
         if device not in self.devices:
-            self.devices[device] = self._make_tables(device)
-            if self.step is not None:
-                self._plan_on(device, self.step)
+            self._add_device(device)
         return self.devices[device]
 
+    @locked
+    def _add_device(self, device: torch.device) -> None:
+        self.devices[device] = self._make_tables(device)
+        if self.step is not None:
+            self._plan_on(device, self.step)
+
+    @locked
     def begin(self, layer_idx: int, new: Tensor, mask: Tensor | None = None, *, mask_known: bool = True) -> Step:
         """Plan a forward pass: find room for its tokens and set ``seq_lens``.
 
@@ -175,7 +206,16 @@ class PagedState:
 
         Raises:
             BlockPoolExhausted: no room; ValueError: another batch size, or a mask that does not belong to the cache.
+            RuntimeError: another thread is in the middle of a forward pass over the cache.
         """
+        me = threading.get_ident()
+        if self.step is None:
+            self.lock.begin_pass()
+        elif self.thread != me and in_forward_pass(self.thread):
+            raise RuntimeError(
+                "another thread is in the middle of a forward pass over this cache: give each thread a cache of its "
+                "own; caches that fork() made share what they have in common"
+            )
         self.sync()
         num_seqs, _, query_len, _ = new.shape
         if self.columns == 0 and num_seqs != self.num_seqs:
@@ -187,13 +227,13 @@ class PagedState:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
         step = Step(query_len, self.columns == 0, layer_idx)
         self._plan_columns(step, mask, mask_known)
-        if self.sharing and self.columns and self.columns + query_len > self.prompt_columns:
+        if self.sharing and self.columns and (step.rests or self.columns + query_len > self.prompt_columns):
             self._end_sharing()
         step.group = self._group
         self._reserve(step.lens)
         for device in self.devices:
             self._plan_on(device, step)
-        self.step = step
+        self.step, self.thread = step, me
         return step
 
     def begin_compiled(self, layer_idx: int, query_len: int, device: torch.device) -> Step:
@@ -222,8 +262,10 @@ class PagedState:
         """Advance the host's counts in the middle of a compiled graph, which breaks there."""
         self._commit_counts(step)
 
+    @locked
     def _commit_counts(self, step: Step) -> None:
         """Advance the host's counts: it planned the forward pass, even if a compiled graph ended it."""
+        self.lock.end_pass()
         self.tables.lens = step.lens
         self.columns += step.query_len
         self.seen, self.stored = step.seen, step.stored
@@ -233,6 +275,27 @@ class PagedState:
             reach = self.window - 1 + WINDOW_MARGIN
             if self.tables.free_before([seq_len - reach for seq_len in self.tables.lens]):
                 self.refresh()
+
+    @locked
+    def finish(self, finished: Sequence[bool]) -> None:
+        """Let go of sequences that have finished: their blocks are freed, and decode steps store nothing of theirs.
+
+        Their columns count as padding, which later masks have to hide; until sequences are chosen or columns removed.
+
+        Args:
+            finished: whether each sequence has finished.
+        """
+        if self.reserved or not any(finished):
+            return
+        if len(finished) != self.num_seqs:
+            raise ValueError(f"expected to hear about {self.num_seqs} sequences, got {len(finished)}")
+        self.finished = list(finished)
+        newly = [row for row, done in enumerate(finished) if done and self.tables.lens[row]]
+        if newly:
+            self.tables.empty(newly)
+            self.seen, self.stored = (_extend(known, self.num_seqs, self.columns) for known in (self.seen, self.stored))
+            self.seen[newly] = self.stored[newly] = False
+            self.refresh()
 
     def look_back(self, step: Step, window: int) -> None:
         """Take note of how many tokens a layer sees: if more than the model's config says, nothing may be freed.
@@ -261,6 +324,7 @@ class PagedState:
         self.tables.lens = tables.past_lens.tolist()
         self.behind = False
 
+    @locked
     def crop(self, tokens: int) -> None:
         """Remove the last columns.
 
@@ -276,7 +340,7 @@ class PagedState:
                 f"tokens, and blocks more than {WINDOW_MARGIN} tokens behind them were freed. Crop by at most "
                 f"{WINDOW_MARGIN} tokens, or to 0 and compute the prompt again"
             )
-        self.step = None
+        self.step = self.finished = None
         self.memory.copy(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
         self.sharing = False
         self.columns = columns
@@ -303,10 +367,11 @@ class PagedState:
         stored = self.stored[:, :columns]
         return (stored.sum(1) + columns - stored.shape[1]).tolist()
 
+    @locked
     def select(self, index: Sequence[int]) -> None:
         """Make the batch sequences index[0], index[1], ...; blocks are shared, only partly filled last ones copied."""
         self.sync()
-        self.step = None
+        self.step = self.finished = None
         if not index:
             self.release()
             return
@@ -319,6 +384,7 @@ class PagedState:
                 tables.key_mask = self._rows(tables.key_mask, index)
         self.refresh()
 
+    @locked
     def release(self) -> None:
         """Free all blocks and forget all sequences; the pool stays."""
         self.tables.release()
@@ -327,6 +393,7 @@ class PagedState:
             tables.columns.zero_()
         self.step, self.columns, self.seen, self.stored, self.behind, self.unsynced = None, 0, None, None, False, 0
         self.sharing = self.group > 1
+        self.frees, self.finished = self.window is not None and not self.reserved, None
 
     def refresh(self) -> None:
         """Write the host's tables and lengths to every device, in place where the shapes allow."""
@@ -342,6 +409,7 @@ class PagedState:
                 if old.key_mask is not None:
                     self.devices[device].key_mask = self._fit_key_mask(old.key_mask, device)
 
+    @locked
     def fork(self, index: Sequence[int]) -> "PagedState":
         """Return a state whose sequences are copies of the sequences ``index``; they share the blocks, copy on write.
 
@@ -351,7 +419,7 @@ class PagedState:
         self.sync()
         twin = PagedState(
             self.memory,
-            max_length=self.max_length,
+            max_length=None if self.elastic else self.max_length,
             keep_hidden=self.keep_hidden,
             reserve=self.reserve,
             window=self.window,
@@ -368,6 +436,7 @@ class PagedState:
                 mine.key_mask = twin._fit_key_mask(self._rows(tables.key_mask, index), device)
         return twin
 
+    @locked
     def adopt(self, rows: Sequence[Sequence[int]], lens: Sequence[int], *, seen: Tensor) -> None:
         """Become sequences that share blocks which hold their tokens already; self is new.
 
@@ -403,6 +472,10 @@ class PagedState:
     def reclaim(self, count: int) -> None:
         """Nothing to give: a cache holds no block that it does not need."""
 
+    def pass_thread(self) -> int | None:
+        """Return the thread that has begun a forward pass, None if none has: growth must not move its blocks."""
+        return None if self.step is None else self.thread
+
     def too_long(self, tokens: int) -> BlockPoolExhausted:
         """Return the error for a sequence that would outgrow max_length."""
         assert self.max_length is not None
@@ -410,6 +483,7 @@ class PagedState:
         detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
         return BlockPoolExhausted(max(wanted, 1), self.pool.num_free, self.pool.num_blocks, detail)
 
+    @locked
     def snapshot(self) -> dict[str, Any]:
         """Return the state and the blocks that hold tokens, and no others."""
         self.sync()
@@ -421,7 +495,8 @@ class PagedState:
             "sizes": {
                 "block_size": self.block_size,
                 "num_blocks": self.memory.num_blocks,
-                "max_length": self.max_length,
+                "offload": self.memory.offload,
+                "max_length": None if self.elastic else self.max_length,
                 "reserve": self.reserve,
                 "sequences_per_prompt": self.group,
             },
@@ -436,13 +511,15 @@ class PagedState:
                 tuple(None if c is None else c[ids.to(c.device)] for c in (layer.k_cache, layer.v_cache))
                 for layer in self.memory.layers
             ],
+            "layer_devices": [layer.device for layer in self.memory.layers],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Become the state that snapshot() returned; self is new."""
         self.pool.grow(saved["total"])
         self.tables.rows, self.tables.lens = [list(row) for row in saved["rows"]], list(saved["lens"])
-        self.pool.allocate(len({block for row in self.block_rows() for block in row}))
+        count = len({block for row in self.block_rows() for block in row})
+        self.pool.allocate(count)
         owned: set[int] = set()
         for row in self.tables.rows:
             self.pool.share(block for block in row if block in owned)
@@ -451,16 +528,27 @@ class PagedState:
         if self.reserved and self.max_length is not None:
             self.tables.reserve([self.max_length] * self.num_seqs, self._group)
         self.columns, (self.seen, self.stored) = saved["columns"], saved["masks"]
-        for layer, caches in zip(self.memory.layers, saved["caches"], strict=True):
+        ids = torch.arange(count)
+        for layer, device, caches in zip(self.memory.layers, saved["layer_devices"], saved["caches"], strict=True):
+            layer.device = device
             layer.k_cache, layer.v_cache = (
-                None if c is None else move_blocks(c, saved["total"], torch.arange(len(c)), torch.arange(len(c)))
-                for c in caches
+                None if c is None else move_blocks(c, saved["total"], ids, ids, layer.new_tensor) for c in caches
             )
         for device, key_mask in saved["key_masks"].items():
             self.on(device).key_mask = key_mask
 
     def _plan_columns(self, step: Step, mask: Tensor | None, mask_known: bool) -> None:
         """Decide which new columns are stored."""
+        if mask is None and mask_known and step.query_len == 1 and self.columns and self.finished is not None:
+            going = ~torch.tensor(self.finished)[:, None]
+            step.rests = True
+            step.lens = [past + (not done) for past, done in zip(self.tables.lens, self.finished, strict=True)]
+            step.seen, step.stored = (
+                torch.cat([_extend(known, self.num_seqs, self.columns), going], 1) for known in (self.seen, self.stored)
+            )
+            past = torch.tensor(self.tables.lens)[:, None]
+            step.positions = torch.where(going, past, -1).to(torch.int32)
+            return
         if mask is None and (step.query_len == 1 or self.seen is None):
             step.seen, step.stored = self.seen, self.stored
             step.lens = [past + step.query_len for past in self.tables.lens]
@@ -499,12 +587,15 @@ class PagedState:
 
     def _plan_on(self, device: torch.device, step: Step) -> None:
         tables = self.devices[device]
-        if step.positions is None or step.mask is None:
+        if step.positions is None:
             torch.add(tables.past_lens, step.query_len, out=tables.seq_lens)
         else:
             tables.seq_lens.copy_(torch.tensor(step.lens, dtype=torch.int32))
-            step.positions, step.mask = step.positions.to(device), step.mask.to(device)
-        hides = step.positions is not None and bool(((step.positions >= 0) & (step.mask == 0)).any())
+            step.positions = step.positions.to(device)
+        hides = False
+        if step.positions is not None and step.mask is not None:
+            step.mask = step.mask.to(device)
+            hides = bool(((step.positions >= 0) & (step.mask == 0)).any())
         if tables.key_mask is None and hides:
             tables.key_mask = self._fit_key_mask(None, device)
         if tables.key_mask is not None:
@@ -514,7 +605,9 @@ class PagedState:
 
     def _reserve(self, lens: Sequence[int]) -> None:
         if self.max_length is not None and max(lens) > self.max_length:
-            raise self.too_long(max(lens))
+            if not self.elastic:
+                raise self.too_long(max(lens))
+            self.stretch()
         missing = self.tables.missing(lens, self._group)
         if missing > self.pool.num_free:
             self.memory.make_room(missing)
@@ -558,6 +651,14 @@ class PagedState:
             self.tables.blocks_for(self.max_length) if self.max_length is not None else -(-max(longest, 1) // 16) * 16
         )
         lens = torch.tensor(self.tables.lens, dtype=torch.int32)
+        kept = self.memory.kept_tables.pop((self.num_seqs, width, device), None) if self.reserved else None
+        if kept is not None:  # where they lie, a captured step of an earlier cache reads them
+            kept.block_table.copy_(self._table(width))
+            kept.past_lens.copy_(lens)
+            kept.seq_lens.copy_(lens)
+            kept.columns.fill_(self.columns)
+            self._set_shared_prefixes(kept, device)
+            return kept
         tables = DeviceTables(
             self._table(width).to(device),
             lens.to(device),
@@ -571,15 +672,21 @@ class PagedState:
 
     @persistent
     def _set_shared_prefixes(self, tables: DeviceTables, device: torch.device) -> None:
-        """Write the shared prefixes, into the tensor that there is: a captured step reads it."""
+        """Write the shared prefixes, into the tensor that there is: a captured step reads it.
+
+        A few outer levels are worth their room: kernels keep partial results for every entry that could be used.
+        """
         shared = common_prefixes(self.tables.rows, [n // self.block_size for n in self.tables.lens])
-        if tables.shared_prefixes is None:
-            if not shared:
-                return
-            tables.shared_prefixes = torch.zeros(self.num_seqs - 1, 4, dtype=torch.int32, device=device)
+        outer = sum(entry[2] == 0 for entry in shared)
+        if shared and (tables.shared_prefixes is None or outer > len(tables.shared_prefixes)):
+            room = min(max(1 << (outer - 1).bit_length(), LEAST_SHARED), self.num_seqs - 1)
+            tables.shared_prefixes = torch.zeros(room, 4, dtype=torch.int32, device=device)
             torch._dynamo.mark_static_address(tables.shared_prefixes)
-        unused = [[0, 0, 0, 0]] * (len(tables.shared_prefixes) - len(shared))
-        tables.shared_prefixes.copy_(torch.tensor(shared + unused, dtype=torch.int32).view(-1, 4))
+        if tables.shared_prefixes is not None:
+            room = len(tables.shared_prefixes)
+            unused = [[0, 0, 0, 0]] * (room - len(shared))
+            entries = torch.tensor((shared + unused)[:room], dtype=torch.int32)
+            tables.shared_prefixes.copy_(entries.view(-1, 4))
 
     @persistent
     def _fit_key_mask(self, old: Tensor | None, device: torch.device) -> Tensor:
@@ -588,6 +695,22 @@ class PagedState:
         if old is not None:
             mask[:, : old.shape[1]] = old[:, :width]
         return mask
+
+
+def _give_back(lock: PoolLock, tables: BlockTables) -> None:
+    """Free what a cache held that is gone."""
+    rows, tables.rows, tables.lens = tables.rows, [], []
+    lock.drop(rows)
+
+
+def _keep_tables(kept: dict[tuple[int, int, torch.device], DeviceTables], devices: Mapping[Any, DeviceTables]) -> None:
+    """Keep the tables of a sized cache that is gone, of the last few sizes, for the next cache on the pool."""
+    for device, tables in devices.items():
+        tables.key_mask = None
+        rows, width = tables.block_table.shape
+        kept[rows, width, device] = tables
+    while len(kept) > MAX_KEPT:
+        kept.pop(next(iter(kept)))
 
 
 def common_prefixes(rows: Sequence[Sequence[int]], num_full: Sequence[int]) -> list[list[int]]:

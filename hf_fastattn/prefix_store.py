@@ -20,6 +20,7 @@ from .block_pool import NO_BLOCK
 from .cache import BLOCK_SIZE, PagedCache
 from .kv_pool import KVPool, LayerBlocks
 from .model_config import text_config
+from .pool_lock import locked
 
 
 @dataclass(eq=False)
@@ -94,10 +95,12 @@ class PrefixStore:
         self.model, self.max_tokens = model, max_tokens
         self.pool = KVPool(block_size, num_blocks, [LayerBlocks() for _ in range(self.config.num_hidden_layers)])
         self.pool.users.add(self)
+        self.lock = self.pool.lock
         self._roots: dict[bytes, tuple[str, _Node]] = {}
         self._clock = 0
         self._asked = self._reused = self._evicted = 0
 
+    @locked
     def cache(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, salt: str = "", copies: int = 1, **sizes: Any
     ) -> PagedCache:
@@ -147,6 +150,7 @@ class PrefixStore:
         cache.state.prefix_root = root
         return cache
 
+    @locked
     def add(self, cache: PagedCache, token_ids: Tensor) -> int:
         """Keep what a cache of this store holds; the cache may go on being used.
 
@@ -187,12 +191,14 @@ class PrefixStore:
         self._evict(self._kept() - self.max_tokens // self.pool.block_size)
         return new
 
+    @locked
     def clear(self) -> None:
         """Forget everything; caches keep what they use."""
         for node in list(self._nodes()):
             self.pool.ids.free([node.block])
         self._roots.clear()
 
+    @locked
     def stats(self) -> PrefixStats:
         """Return hits and misses so far, and what is kept."""
         return PrefixStats(self._asked, self._reused, self._kept(), self._evicted)
@@ -221,6 +227,10 @@ class PrefixStore:
     def reclaim(self, count: int) -> None:
         """Give up to count blocks back to the pool, least recently used first."""
         self._evict(count)
+
+    def pass_thread(self) -> int | None:
+        """Nothing to report: a store runs no forward passes."""
+        return None
 
     def _root(self, salt: str) -> _Node:
         """Return the root for the model as it is now, made if there is none."""
@@ -341,7 +351,8 @@ def _digest(parent: bytes, content: Sequence[int] | bytes) -> bytes:
 
 def _identity(model: nn.Module, salt: str) -> str:
     """Return everything but the tokens that keys and values depend on; it begins with the salt."""
-    parts: list[object] = [model.config.to_json_string() if hasattr(model.config, "to_json_string") else ""]
+    config: Any = model.config
+    parts: list[object] = [config.to_json_string() if hasattr(config, "to_json_string") else ""]
     for tensor in [*model.parameters(), *model.buffers()]:
         version = 0 if tensor.is_inference() else tensor._version
         parts.append((tensor.data_ptr(), version, str(tensor.dtype), str(tensor.device)))

@@ -24,6 +24,8 @@ class CacheStats:
         tokens: tokens of all sequences together.
         stored_tokens: tokens that the used blocks hold; a shared one counts once.
         used_bytes: bytes of the used blocks. pool_bytes: bytes of the pool.
+        host_bytes: those of the pool that offloading keeps in the host's memory; 0 without it.
+        device_bytes: bytes where attention reads: the pool's, or, with offloading, those of the two layers there.
         waste: share of the used bytes that hold no token.
         saved: share of the blocks that sharing saves, against blocks of their own for every sequence.
         hit_rate: share of the tokens that a prefix store had when the cache was made; None without a store.
@@ -38,15 +40,18 @@ class CacheStats:
     stored_tokens: int
     used_bytes: int
     pool_bytes: int
+    host_bytes: int
+    device_bytes: int
     waste: float
     saved: float
     hit_rate: float | None
 
     def __str__(self) -> str:
+        moved = f", {self.device_bytes / 2**20:.1f} MiB of it on the device" if self.host_bytes else ""
         hits = "" if self.hit_rate is None else f", {self.hit_rate:.0%} of the prompt from the prefix store"
         return (
             f"{self.tokens} tokens in {self.used_blocks} of {self.num_blocks} blocks ({self.shared_blocks} shared, "
-            f"{self.free_blocks} free), {self.used_bytes / 2**20:.1f} of {self.pool_bytes / 2**20:.1f} MiB, "
+            f"{self.free_blocks} free), {self.used_bytes / 2**20:.1f} of {self.pool_bytes / 2**20:.1f} MiB{moved}, "
             f"{self.waste:.1%} of it waste, {self.saved:.0%} saved by sharing{hits}"
         )
 
@@ -64,6 +69,7 @@ def cache_stats(state: "PagedState") -> CacheStats:
     stored, per_block = sum(filled.values()), state.memory.bytes_per_block
     separate = sum(map(len, state.block_rows()))
     prompt, reused = state.prefix_hits
+    pool_bytes = pool.num_blocks * per_block
     return CacheStats(
         num_blocks=pool.num_blocks,
         free_blocks=pool.num_free,
@@ -73,7 +79,9 @@ def cache_stats(state: "PagedState") -> CacheStats:
         tokens=sum(state.tables.lens),
         stored_tokens=stored,
         used_bytes=len(filled) * per_block,
-        pool_bytes=pool.num_blocks * per_block,
+        pool_bytes=pool_bytes,
+        host_bytes=pool_bytes if state.memory.offload else 0,
+        device_bytes=state.memory.device_bytes,
         waste=1 - stored / (len(filled) * size) if filled else 0.0,
         saved=1 - len(filled) / separate if separate else 0.0,
         hit_rate=reused / prompt if prompt else None,

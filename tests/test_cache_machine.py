@@ -311,6 +311,8 @@ TestLimited = machine("Limited", sizes={"max_length": 40, "num_blocks": 30})
 TestWindow = machine("Window", "mistral", sliding_window=11)
 TestWindowReserved = machine("WindowReserved", "mistral", {"max_length": MAX_COLUMNS + 8}, sliding_window=11)
 TestThreeLayers = machine("ThreeLayers", num_hidden_layers=3, num_key_value_heads=1)
+TestOffload = machine("Offload", sizes={"offload": True}, num_hidden_layers=3)
+TestOffloadWindow = machine("OffloadWindow", "mistral", {"offload": True, "num_blocks": 30}, sliding_window=11)
 
 SLOW = {"effort": LONG, "seed": 1}
 TestGrowingLong = pytest.mark.soak(machine("GrowingLong", **SLOW))

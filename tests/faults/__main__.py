@@ -24,9 +24,12 @@ from tqdm import tqdm
 from .auto import AUTO_FAULTS
 from .decode import DECODE_FAULTS
 from .faults import FAULTS, Fault
+from .generate import GENERATE_FAULTS
 from .glue import GLUE_FAULTS
 from .linear import LINEAR_FAULTS
+from .offload import OFFLOAD_FAULTS
 from .sharing import SHARING_FAULTS
+from .windows import WINDOW_FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
@@ -142,7 +145,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the faults and exit")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     options = parser.parse_args()
-    known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS + SHARING_FAULTS
+    known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS + OFFLOAD_FAULTS + SHARING_FAULTS
+    known += WINDOW_FAULTS + GENERATE_FAULTS
     chosen = [f for f in known if not options.words or any(w in f.name or w in f.file for w in options.words)]
     if importlib.util.find_spec("triton") is None:
         chosen = [fault for fault in chosen if not fault.interpreted]

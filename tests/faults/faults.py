@@ -150,8 +150,8 @@ FAULTS = [
         CACHE,
         (
             "commit at the beginning",
-            "        self.step = step\n        return step\n\n    def begin_compiled",
-            "        self.step, self.tables.lens = step, step.lens\n        return step\n\n    def begin_compiled",
+            "        self.step, self.thread = step, me\n",
+            "        self.step, self.thread, self.tables.lens = step, me, step.lens\n",
         ),
         ("commit forgets the lengths", "            tables.past_lens.copy_(tables.seq_lens)\n", "            pass\n"),
         (
@@ -166,8 +166,8 @@ FAULTS = [
         ),
         (
             "crop forgets hidden columns",
-            "lens = (stored.sum(1) + columns - stored.shape[1]).tolist()",
-            "lens = [min(n, columns) for n in self.tables.lens]",
+            "return (stored.sum(1) + columns - stored.shape[1]).tolist()",
+            "return [min(n, columns) for n in self.tables.lens]",
         ),
         (
             "selection forgets the key mask",

@@ -70,8 +70,8 @@ GLUE_FAULTS = [
     Fault(
         "positions of padded chunks dropped",
         ATTENTION,
-        "layer.k_cache, layer.v_cache, step.positions\n",
-        "layer.k_cache, layer.v_cache, None\n",
+        "positions = None if step.rests else step.positions\n",
+        "positions = None\n",
         (f"{GENERATE}[llama-chunked_holes]",),
     ),
     Fault(

@@ -45,7 +45,11 @@ SHARING_FAULTS = [
     *_in(
         POOL,
         ("tests/transformers/test_leases.py", "-k", "dtype"),
-        ("blocks of another dtype are taken", "(blocks.dtype, blocks.device) == (states.dtype, states.device)", "True"),
+        (
+            "blocks of another dtype are taken",
+            "(blocks.dtype, self.layers[layer].device) == (states.dtype, states.device)",
+            "True",
+        ),
     ),
     *_in(
         STATE,
@@ -63,8 +67,8 @@ SHARING_FAULTS = [
         ),
         (
             "chunks of a prompt are not shared",
-            "self.columns + query_len > self.prompt_columns:",
-            "self.columns + query_len > 0:",
+            "self.columns + query_len > self.prompt_columns)",
+            "self.columns + query_len > 0)",
         ),
         (
             "a fork owns nothing",
@@ -83,7 +87,7 @@ SHARING_FAULTS = [
         ),
         (
             "blocks of a fork that is gone stay taken",
-            "weakref.finalize(self, self.tables.release).atexit = False",
+            "weakref.finalize(self, _give_back, self.lock, self.tables).atexit = False",
             "pass",
         ),
         (

@@ -1,0 +1,89 @@
+"""What one decode step launches: counted on the graph that generate() compiles, per layer and beside the layers.
+
+Counts come as a slope: a model with more layers minus one with fewer. eval/notes/decode_step.md has the table.
+"""
+
+import re
+from collections import Counter
+
+import pytest
+from models import build, generate, left_padded, paged, prompt, under
+from test_compiled import MAX_LENGTH, _compiled
+from torch._inductor.utils import run_and_get_code
+
+FEW, MANY = 2, 4
+
+
+class Record:
+    """A compiler that runs graphs as they are and keeps them."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, _inputs):
+        self.graphs.append(graph)
+        return graph
+
+    def __deepcopy__(self, memo):
+        return self  # generate() copies its compile_config
+
+
+def _run(family, layers, backend):
+    """Generate over a compiled decode step; return the codes that inductor wrote."""
+    changes = {"num_hidden_layers": layers}
+    if family in ("gemma2", "gpt_oss"):
+        changes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    model = build(family, **changes)
+    with under(model):
+        cache = paged(model, max_length=MAX_LENGTH)
+        _, codes = run_and_get_code(generate, model, cache, **_compiled(backend), **left_padded(prompt(2, 9), 4, 0))
+    return codes
+
+
+def _ops(family, layers):
+    """Count the nodes of the traced step by what they call."""
+    record = Record()
+    _run(family, layers, record)
+    [graph] = record.graphs
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+def _kernels(family, layers):
+    """Count the calls in inductor's code for the step: generated kernels, matrix products, our ops."""
+    [code] = _run(family, layers, "inductor")
+    body = code[code.index("def call(") :]
+    return Counter(
+        generated=len(re.findall(r"^ +cpp_fused\w*\(", body, re.MULTILINE)),
+        products=len(re.findall(r"^ +extern_kernels\.\w*mm\w*\(", body, re.MULTILINE)),
+        ours=len(re.findall(r"^ +(?:buf\d+ = )?torch\.ops\.hf_fastattn\.\w+", body, re.MULTILINE)),
+    )
+
+
+def _split(few, many, name):
+    """Return the calls per layer and those beside the layers."""
+    per_layer, rest = divmod(many[name] - few[name], MANY - FEW)
+    assert rest == 0
+    return per_layer, few[name] - FEW * per_layer
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_oss"])
+def test_ops_per_layer_and_step(family):
+    few, many = _ops(family, FEW), _ops(family, MANY)
+    calls = {name: _split(few, many, name) for name in many if name.startswith("hf_fastattn.")}
+    kinds = 2 if family in ("gemma2", "gpt_oss") else 1
+    per_layer, beside = calls.pop("hf_fastattn.decode_schedule.default", (0, 0))
+    assert per_layer == 0
+    assert beside <= kinds  # its lists are made once per kind of layer
+    assert calls == {"hf_fastattn.store_kv.default": (1, 0), "hf_fastattn.decode_attention.default": (1, 0)}
+
+
+@pytest.mark.slow
+def test_kernels_per_layer_and_step():
+    """Llama: 7 products in a layer and lm_head's beside them; what is between them is 6 generated kernels on a CPU."""
+    few, many = _kernels("llama", FEW), _kernels("llama", MANY)
+    counts = {name: _split(few, many, name) for name in ("generated", "products", "ours")}
+    assert counts["products"] == (7, 1)
+    assert counts["ours"] == (2, 1)  # store_kv and decode_attention; decode_schedule once
+    per_layer, beside = counts["generated"]
+    assert per_layer <= 6
+    assert beside <= 3
