@@ -247,15 +247,29 @@ class PagedState:
 
     def commit(self) -> None:
         """End the forward pass: its tokens count from now on."""
-        step, self.step = self.step, None
+        if not torch.compiler.is_compiling():
+            self._commit_all()
+            return
+        step = self._advance_devices()
+        if step.lens:
+            self._commit_outside(step)
+        self.step = None
+
+    @locked
+    def _commit_all(self) -> None:
+        """Advance all counts at once: growth in another thread, which reads the host's, must not come between."""
+        step = self._advance_devices()
+        if step.lens:
+            self._commit_counts(step)
+        self.step = None
+
+    def _advance_devices(self) -> Step:
+        step = self.step
         assert step is not None
         for tables in self.devices.values():
             tables.past_lens.copy_(tables.seq_lens)
             tables.columns.add_(step.query_len)
-        if step.lens and torch.compiler.is_compiling():
-            self._commit_outside(step)
-        elif step.lens:
-            self._commit_counts(step)
+        return step
 
     @torch.compiler.disable
     def _commit_outside(self, step: Step) -> None:

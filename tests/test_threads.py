@@ -158,6 +158,32 @@ def test_growth_waits_for_the_end_of_another_threads_pass(pair, monkeypatch):
     check_state(twin)
 
 
+def test_growth_does_not_come_between_the_counts_of_a_pass(pair, monkeypatch):
+    _, cache, twin = forked(pair, monkeypatch)
+    advance, reached = twin.state._advance_devices, threading.Event()
+
+    def advance_slowly():
+        step = advance()
+        reached.set()
+        time.sleep(0.3)
+        return step
+
+    def forward():
+        with torch.no_grad():
+            pair.fast(tokens(1, 2, 1), past_key_values=twin)
+
+    monkeypatch.setattr(twin.state, "_advance_devices", advance_slowly)
+    with ThreadPoolExecutor(1) as other:
+        done = other.submit(forward)
+        assert reached.wait(30)
+        total = cache.state.pool.num_blocks
+        pair.fast(tokens(1, 100, 2), past_key_values=cache)
+        done.result(60)
+    assert cache.state.pool.num_blocks > total
+    check_state(cache)
+    check_state(twin)
+
+
 def test_a_pass_that_does_not_end_is_an_error_that_changes_nothing(pair, monkeypatch):
     monkeypatch.setattr(pool_lock, "GROWTH_WAIT", 0.2)
     ids, cache, twin = forked(pair, monkeypatch)
