@@ -110,8 +110,14 @@ def run(measurements: Sequence[Measurement], folder: Path, device: torch.device,
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the result files of a folder by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """Return the result files of a folder by name, those that the README shows."""
+    files = [path for path in sorted(folder.glob("*.json")) if kind_of(path.stem) in COLUMNS]
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+def kind_of(name: str) -> str:
+    """Return what a result file measures: its name up to an underscore (``throughput_4x4096``)."""
+    return name.split("_")[0]
 
 
 def draw(folder: Path) -> None:
@@ -167,12 +173,10 @@ def render(folder: Path) -> str:
     """Return the Markdown of one machine's results."""
     results = load(folder)
     lines = []
-    for name, wanted in COLUMNS.items():
-        if name not in results:
-            continue
-        result = results[name]
+    for name in sorted(results, key=lambda name: (list(COLUMNS).index(kind_of(name)), name)):
+        wanted, result = COLUMNS[kind_of(name)], results[name]
         relative = (folder / f"{name}.json").relative_to(common.ROOT)
-        rows = speedups(result["rows"]) if name == "throughput" else result["rows"]
+        rows = speedups(result["rows"]) if kind_of(name) == "throughput" else result["rows"]
         rows = [row for row in rows if name != "kernels" or row["implementation"] == "fastattn"]
         present = list(dict.fromkeys(key for row in rows for key in row))
         columns = [key for key in wanted or present if key in present]
