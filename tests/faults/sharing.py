@@ -14,6 +14,20 @@ def _in(file: str, tests: tuple[str, ...], *faults: tuple[str, str, str]) -> lis
 
 SHARING_FAULTS = [
     *_in(
+        STORE,
+        ("tests/test_prefix_machine.py",),
+        (
+            "a block's beginning is taken for all of it",
+            "            count += _common(best.tokens, part)\n",
+            "            count += len(best.tokens)\n",
+        ),
+        (
+            "evicted blocks are not freed",
+            "            del parent.children[node.key]\n        self.pool.ids.free([node.block])\n",
+            "            del parent.children[node.key]\n",
+        ),
+    ),
+    *_in(
         STATE,
         ("tests/test_threads.py::test_growth_does_not_come_between_the_counts_of_a_pass",),
         (
