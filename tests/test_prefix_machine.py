@@ -1,4 +1,4 @@
-"""Random histories of a PrefixStore: hits, evictions, full and growing pools, failing allocations; logits stay right."""
+"""Random histories of a PrefixStore: hits, evictions, full and growing pools, failing allocations."""
 
 import torch
 from hypothesis import Phase, settings
