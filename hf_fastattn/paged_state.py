@@ -743,6 +743,8 @@ def common_prefixes(rows: Sequence[Sequence[int]], num_full: Sequence[int]) -> l
         count = 0
         if limit and one[0] == two[0]:
             count = next((i for i in range(limit) if one[i] != two[i]), limit)
+        if count and one[count - 1] == NO_BLOCK:  # freed in both: not shared, and behind the window
+            count = 0
         common.append(count)
     entries = []
     todo = [(0, len(rows), 0)]  # sequences first to end - 1, which share the blocks before start

@@ -336,6 +336,8 @@ def test_common_prefixes():
     assert common_prefixes([[1, 2, 3], [1, 2, 4], [5, 2, 3]], [3, 3, 3]) == [[0, 2, 0, 2]]
     assert common_prefixes([[1, 2, 3], [1, 2, 3]], [2, 3]) == [[0, 2, 0, 2]]
     assert common_prefixes([[1, 2], [1, 2], [1, 3], [1, 3]], [2] * 4) == [[0, 4, 0, 1], [0, 2, 1, 2], [2, 2, 1, 2]]
+    assert common_prefixes([[-1, -1, 3], [-1, -1, 4]], [3, 3]) == []  # freed behind a window
+    assert common_prefixes([[-1, 2, 3], [-1, 2, 4]], [3, 3]) == [[0, 2, 0, 2]]
     assert common_prefixes([[1], [2]], [1, 1]) == common_prefixes([[1]], [1]) == common_prefixes([], []) == []
     assert common_prefixes([[1, 2, 3, 9], [1, 2, 3, 8], [1, 2, 7, 6]], [4, 4, 4]) == [[0, 3, 0, 2], [0, 2, 2, 3]]
 

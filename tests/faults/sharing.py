@@ -118,6 +118,7 @@ SHARING_FAULTS = [
             "[n // self.block_size for n in self.tables.lens]",
             "[-(-n // self.block_size) for n in self.tables.lens]",
         ),
+        ("freed blocks are taken for shared", "if count and one[count - 1] == NO_BLOCK:", "if False:"),
         ("inner levels are forgotten", "                todo.append((begin, stop, shared))\n", ""),
         (
             "crops of a growing pool find no room",
