@@ -1,5 +1,6 @@
 """PagedCache against DynamicCache: random histories of forward passes and cache operations, equal logits throughout."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from hf_fastattn import BlockPoolExhausted, PagedCache, kv_pool, paged_state
-from tests.tiny import TOLERANCE, VOCAB_SIZE, assert_logits, make_pair
+from hf_fastattn import BlockPoolExhausted, PagedCache, paged_state
+from tests.tiny import TOLERANCE, VOCAB_SIZE, assert_logits, make_pair, running_out
 
 BRIEF = settings(
     max_examples=40,
@@ -226,26 +227,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), length=st.integers(1, 20))
     def failing_allocation(self, count, length):
         """Memory runs out in the middle of the pool's growth, if it grows: nothing has changed."""
-        move, calls = kv_pool.move_blocks, []
-
-        def fail(*args):
-            calls.append(1)
-            if len(calls) == count:
-                raise torch.OutOfMemoryError("as planned")
-            return move(*args)
-
-        before = [list(row) for row in self.cache.state.tables.rows], self.cache.get_seq_length()
-        kv_pool.move_blocks = fail
-        try:
-            with torch.no_grad():
-                self.cache.fork(1)
-                self.pair.fast(past_key_values=copy.deepcopy(self.cache), **self.more_tokens(length))
-                self.cache.fork(3)
-        except (torch.OutOfMemoryError, BlockPoolExhausted):
-            pass
-        finally:
-            kv_pool.move_blocks = move
-        assert self.cache.get_seq_length() == before[1]
+        columns = self.cache.get_seq_length()
+        with contextlib.suppress(torch.OutOfMemoryError, BlockPoolExhausted), running_out(count), torch.no_grad():
+            self.cache.fork(1)
+            self.pair.fast(past_key_values=copy.deepcopy(self.cache), **self.more_tokens(length))
+            self.cache.fork(3)
+        assert self.cache.get_seq_length() == columns
 
     @precondition(lambda self: self.columns > 0)
     @rule()

@@ -1,13 +1,15 @@
 """Random histories of a PrefixStore: hits, evictions, full and growing pools, failing allocations."""
 
+import contextlib
+
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_fastattn import BlockPoolExhausted, PrefixStore, kv_pool
+from hf_fastattn import BlockPoolExhausted, PrefixStore
 from tests.test_prefix_store import check_pool
-from tests.tiny import assert_logits, make_pair, tokens
+from tests.tiny import assert_logits, make_pair, running_out, tokens
 
 
 class PrefixMachine(RuleBasedStateMachine):
@@ -69,21 +71,8 @@ class PrefixMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), length=st.integers(1, 70))
     def failing_allocation(self, count, length):
         """Memory runs out while the pool grows, if it does."""
-        move, calls = kv_pool.move_blocks, []
-
-        def fail(*args):
-            calls.append(1)
-            if len(calls) == count:
-                raise torch.OutOfMemoryError("as planned")
-            return move(*args)
-
-        kv_pool.move_blocks = fail
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError), running_out(count):
             self.fill(tokens(3, length, seed=9), "")
-        except torch.OutOfMemoryError:
-            pass
-        finally:
-            kv_pool.move_blocks = move
 
     @rule()
     def clear(self):

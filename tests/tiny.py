@@ -3,6 +3,8 @@
 transformers' own tiny models (weights of std 0.02) attend almost uniformly and would hide such faults.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 import hf_fastattn
+from hf_fastattn import kv_pool
 
 VOCAB_SIZE = 61
 TOLERANCE = 5e-5
@@ -75,3 +78,21 @@ def assert_logits(got: Tensor, want: Tensor, visible: Tensor | None = None) -> N
     if want.numel():
         error = (got - want).abs().max().item()
         assert error <= TOLERANCE * want.abs().max().item(), f"logits are off by {error}"
+
+
+@contextmanager
+def running_out(nth: int) -> Iterator[None]:
+    """Let memory run out when a growing pool moves its nth tensor; the error is the caller's to catch."""
+    move, calls = kv_pool.move_blocks, []
+
+    def fail(*args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == nth:
+            raise torch.OutOfMemoryError("as planned")
+        return move(*args)
+
+    kv_pool.move_blocks = fail
+    try:
+        yield
+    finally:
+        kv_pool.move_blocks = move
