@@ -1,10 +1,11 @@
 """The decoding loop for ``model.generate(..., custom_generate=hf_fastattn.generate)``.
 
 Greedy search and sampling with transformers' own arguments and results, at less host work per token: ids and mask are
-written into tensors made once, the inputs of a step are prepared once, and the mask is left out where the cache needs
-none. The one decision: on a GPU the forward pass of the next token is queued before the host asks whether the last
-token was the end, so that the GPU never waits for the answer. A pass that turns out to be one too many is taken out of
-the cache again; logits processors, stopping criteria, streamers and random numbers never see it.
+written in place, the inputs of a step are prepared once, and the mask is left out where the cache needs none. The one
+decision: on a GPU the forward pass of the next token is queued before the host asks whether the last token was the end,
+so that the GPU never waits for the answer. A pass that turns out to be one too many is taken out of the cache again;
+logits processors, stopping criteria, streamers and random numbers never see it. What the host learns of finished rows
+it tells a cache that nobody else sees, which frees their blocks: never early, on a GPU one pass late.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,15 @@ BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 MIN_CHUNK = 256
 """Prompt tokens per row below which a prefill that ran out of memory is not cut any further."""
 
+ROOM = 1024
+"""Columns behind the prompt that ids get room for at first: a limit may be far beyond what is ever generated."""
+
+CUTTABLE = ("past_key_values", "attention_mask", "position_ids", "logits_to_keep")
+"""Arguments other than plain values with which a prompt's forward pass can be cut into pieces."""
+
+NATIVE = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
+"""Methods that a model must not have replaced, its class or (PEFT does) the object."""
+
 GROWING = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "cache_position")
 """Arguments of a model that grow with every token; transformers' loop knows how."""
 
@@ -48,8 +58,8 @@ def generate(
 
     Beam search goes to transformers' own loop, and so does whatever this one does not do: encoder-decoder models,
     use_cache=False, synced_gpus, an assistant's own calls, caches that are neither a PagedCache nor a plain growing
-    one, models that prepare the inputs of a step in their own way (Phi-3), token types, inputs on another device than
-    the model, and a length without limit.
+    one, models that prepare the inputs of a step in their own way (Phi-3, PEFT's prompt tuning), token types, inputs on
+    another device than the model, and a length without limit or with a criterion of its own.
 
     Args:
         model: on "fastattn" from an Auto class, or given to :func:`hf_fastattn.paged`.
@@ -63,7 +73,8 @@ def generate(
     Raises:
         TypeError: a model of a native class: transformers would drop its streamer. ValueError: assisted generation.
 
-    Tests: tests/transformers/test_generate.py.
+    Tests: tests/transformers/test_generate.py, tests/transformers/test_generate_random.py,
+    tests/test_generate_finished.py.
     """
     if not getattr(model, "passes_streamers_on", False):
         raise TypeError(
@@ -89,9 +100,8 @@ def generate(
 
 def _does(model: Any, stopping_criteria: StoppingCriteriaList, generation_config: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether the loop below does a call exactly as transformers' loop would."""
-    for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
-        if getattr(type(model), name) is not getattr(GenerationMixin, name):
-            return False
+    if any(getattr(getattr(model, name), "__func__", None) is not getattr(GenerationMixin, name) for name in NATIVE):
+        return False
     cache, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
     if cache is not None and not _is_paged(cache) and cache.is_compileable:
         return False  # the masks of a static cache change their content with every step
@@ -99,12 +109,16 @@ def _does(model: Any, stopping_criteria: StoppingCriteriaList, generation_config
         model.config.is_encoder_decoder
         or not generation_config.use_cache
         or generation_config.is_assistant
-        or stopping_criteria.max_length is None
+        or type(_limit(stopping_criteria)) is not MaxLengthCriteria  # of another class only it knows the verdict
         or any(kwargs.get(name) is not None for name in GROWING)
         or (mask is not None and mask.dim() != 2)
         or (positions is not None and positions.dim() != 2)
         or model.is_remote_code()
     )
+
+
+def _limit(criteria: StoppingCriteriaList) -> Any:
+    return next((criterion for criterion in criteria if isinstance(criterion, MaxLengthCriteria)), None)
 
 
 def _is_paged(cache: Any) -> bool:
@@ -126,23 +140,18 @@ class _Loop:
     ) -> None:
         self.model, self.processors, self.config, self.streamer = model, processors, config, streamer
         batch_size, self.num_columns = input_ids.shape
-        self.limit = next(c for c in criteria if getattr(c, "max_length", None) == criteria.max_length)
-        max_length = criteria.max_length
-        assert max_length is not None  # see _does
-        counts = type(self.limit) is MaxLengthCriteria  # whose verdict the host knows
-        self.criteria = StoppingCriteriaList([c for c in criteria if not counts or c is not self.limit])
+        self.limit = _limit(criteria)  # the host knows its verdict
+        self.criteria = StoppingCriteriaList([c for c in criteria if c is not self.limit])
         self.told = criteria.cache() if hasattr(criteria, "cache") else None  # a list that tells the cache who finished
-        width = max(max_length, self.num_columns + 1)
-        self.ids = input_ids.new_empty(batch_size, width)
-        self.ids[:, : self.num_columns] = input_ids
-        self.token = input_ids.new_empty(batch_size, 1)
+        # Others may keep, view or edit the ids: for them each step makes new ones, as transformers' loop does.
+        self.foreign = any(not type(x).__module__.startswith("transformers.") for x in (*processors, *self.criteria))
+        self.ids = input_ids
+        self.token = torch.empty(batch_size, 1, dtype=torch.long, device=input_ids.device)
         self.finished = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self.pad = config._pad_token_tensor
         if self.pad is not None:
             self.pad = self.pad.to(input_ids.device)
-        # Others may want to view the ids as they are in transformers' loop, where they are contiguous.
-        self.foreign = any(not type(x).__module__.startswith("transformers.") for x in (*processors, *self.criteria))
         wanted = {name: getattr(config, f"output_{name}") for name in ("scores", "logits", "attentions")}
         wanted["hidden_states"] = config.output_hidden_states
         self.records: dict[str, Any] = {
@@ -154,7 +163,7 @@ class _Loop:
         model, cache = self.model, model_kwargs.get("past_key_values")
         compiled = model._valid_auto_compile_criteria(model_kwargs, self.config)
         forward = model.get_compiled_call(self.config.compile_config) if compiled else model.__call__
-        outputs = _prefill(model, self.ids[:, : self.num_columns], self.config, model_kwargs)
+        outputs = _prefill(model, self.ids, self.config, model_kwargs)
         cache = outputs.get("past_key_values", cache)
         deferred = _defers(self.token.device, cache)
         notice = _Notice(self.finished, self.token, self.streamer, self.told, deferred=deferred)
@@ -166,10 +175,12 @@ class _Loop:
                 if self._end(notice):
                     break
                 if step is None:
-                    step = _Step(model, self.ids[:, : self.num_columns], self.token, model_kwargs | _cached(cache))
+                    step = _Step(model, self._seen(), self.token, model_kwargs | _cached(cache))
+                if self.foreign:
+                    self.token.copy_(self.ids[:, -1:])
                 try:
                     outputs = forward(**step.inputs(), return_dict=True)
-                except BlockPoolExhausted:  # no room for a token that nobody may want
+                except (BlockPoolExhausted, torch.OutOfMemoryError):  # no room for a token that nobody may want
                     if not notice.wait():
                         raise
                     break
@@ -178,7 +189,7 @@ class _Loop:
                     break
         if self.streamer is not None:
             self.streamer.end()
-        sequences: Any = self.ids[:, : self.num_columns].contiguous()
+        sequences: Any = self._seen() if self.foreign else self._seen().clone(memory_format=torch.contiguous_format)
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache, **self.records)
@@ -194,7 +205,7 @@ class _Loop:
         found = {"scores": scores, "logits": logits}
         for name, record in records.items():
             if record is not None:
-                records[name] = record + (found[name] if name in found else outputs[name],)
+                records[name] = record + (found[name] if name in found else getattr(outputs, name),)
         if self.config.do_sample:
             token = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
         else:
@@ -202,21 +213,33 @@ class _Loop:
         if self.pads:
             token = torch.where(self.finished[:, None], self.pad, token)
         self.token.copy_(token)
-        self.ids[:, self.num_columns : self.num_columns + 1] = token
+        if self.foreign:
+            self.ids = torch.cat([self.ids, token], 1)
+        else:
+            if self.num_columns == self.ids.shape[1]:
+                self._make_room()
+            self.ids[:, self.num_columns : self.num_columns + 1] = token
         self.num_columns += 1
 
     def _end(self, notice: "_Notice") -> bool:
         """Apply the stopping criteria; return whether this is known to be the end."""
-        full = self.num_columns >= self.ids.shape[1]
+        full, longest = self.num_columns >= self.limit.max_length, self.limit.max_position_embeddings
         if self.criteria:
-            self.finished |= self.criteria(self._seen(), self.records["scores"])
-        if self.num_columns - 1 == getattr(self.limit, "max_position_embeddings", None):
-            self.limit(self._seen(), None)  # warns
-        return notice.give(bool(self.criteria), last=full) or full
+            self.finished |= self.criteria(self._seen(), self.records["scores"]).bool()
+        beyond = longest is not None and self.num_columns > longest
+        if beyond:
+            self.limit(self._seen(), None)  # warns, once
+        return notice.give(bool(self.criteria), last=full, at_once=beyond) or full
 
     def _seen(self) -> Any:
-        ids = self.ids[:, : self.num_columns]
-        return ids.contiguous() if self.foreign else ids
+        return self.ids if self.foreign else self.ids[:, : self.num_columns]
+
+    def _make_room(self) -> None:
+        """Let the ids grow: by as many columns as there are, but not beyond what the call can fill."""
+        old = self.ids
+        width = min(max(self.limit.max_length, self.num_columns + 1), self.num_columns + max(self.num_columns, ROOM))
+        self.ids = torch.empty(len(old), width, dtype=torch.long, device=old.device)
+        self.ids[:, : self.num_columns] = old
 
 
 def _cached(cache: Any) -> dict[str, Any]:
@@ -234,7 +257,7 @@ class _Step:
         if self.cache is not None:
             kwargs["attention_mask"] = None
         elif mask is not None:
-            self.mask = mask.new_ones(mask.shape[0], 2 * ids.shape[1] + MIN_CHUNK)
+            self.mask = mask.new_ones(mask.shape[0], mask.shape[1] + ROOM)
             self.mask[:, : mask.shape[1]] = mask
             self.columns = mask.shape[1]
         if positions is not None:
@@ -275,19 +298,25 @@ class _Notice:
             self.copy = torch.empty(token.shape[0], dtype=token.dtype, pin_memory=pinned)
             self.event = torch.cuda.Event() if pinned else None
 
-    def give(self, may_finish: bool, *, last: bool) -> bool:
-        """Look after a step: return True if everything is finished, as far as that is known without waiting."""
+    def give(self, may_finish: bool, *, last: bool, at_once: bool) -> bool:
+        """Look after a step: return True if everything is finished, as far as that is known without waiting.
+
+        Args:
+            may_finish: there is something besides the length that can end a row.
+            last: the length ends all of them.
+            at_once: wait for the answer: the model may have no position for a token too many.
+        """
         if self.streamer is None and not may_finish:
             return False
-        if not self.deferred or last:
+        if not self.deferred or last or at_once:
             if self.streamer is not None:
-                self.streamer.put(self.token[:, 0].cpu())
+                self.streamer.put(self.token[:, 0].to("cpu", copy=True))
             return may_finish and not last and self._learn(self.finished.tolist())
         self.flags.copy_(self.finished, non_blocking=True)
         if self.streamer is not None:
             self.copy.copy_(self.token[:, 0], non_blocking=True)
         if self.event is not None:
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(self.token.device))  # it need not be the current device
         self.pending = self._look
         return False
 
@@ -304,10 +333,12 @@ class _Notice:
         return self._learn(self.flags.tolist())
 
     def _learn(self, flags: list[bool]) -> bool:
+        if all(flags):
+            return True
         if self.cache is not None and any(flags) and flags != self.told:
             self.cache.state.finish(flags)
             self.told = flags
-        return all(flags)
+        return False
 
 
 def _defers(device: torch.device, cache: Any) -> bool:
@@ -318,7 +349,9 @@ def _defers(device: torch.device, cache: Any) -> bool:
 def _prefill(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
     """Run the prompt; if it runs out of memory over an empty PagedCache, in halves, quarters and so on."""
     cache, width = model_kwargs.get("past_key_values"), ids.shape[1]
-    whole = cache is None or cache.get_seq_length() or model_kwargs.get("inputs_embeds") is not None
+    whole = cache is None or cache.get_seq_length() or config.output_hidden_states or config.output_attentions
+    others = (value for name, value in model_kwargs.items() if name not in CUTTABLE)
+    whole = whole or any(not isinstance(value, (bool, int, float, str, type(None))) for value in others)
     try:
         return model._prefill(ids, config, model_kwargs)
     except torch.OutOfMemoryError:

@@ -8,6 +8,8 @@ STATE = "hf_fastattn/paged_state.py"
 AUTO = "hf_fastattn/auto.py"
 WARMUP = "hf_fastattn/warmup.py"
 LOOP_TESTS = "tests/transformers/test_generate.py"
+FINISHED_TESTS = "tests/test_generate_finished.py"
+RANDOM_TESTS = "tests/transformers/test_generate_random.py"
 POLICY_TESTS = "tests/transformers/test_compile_policy.py"
 WARMUP_TESTS = "tests/test_warmup.py"
 
@@ -69,9 +71,129 @@ GENERATE_FAULTS = [
     Fault(
         "others get ids that are not contiguous",
         GENERATE,
-        "return ids.contiguous() if self.foreign else ids",
-        "return ids",
+        "self.foreign = any(",
+        "self.foreign = False and any(",
         _test(LOOP_TESTS, "test_processors_and_criteria_see_the_same"),
+    ),
+    Fault(
+        "what others made of the last token is not what the model gets",
+        GENERATE,
+        "self.token.copy_(self.ids[:, -1:])",
+        "pass",
+        _test(LOOP_TESTS, "test_ids_that_others_edit_or_keep"),
+    ),
+    Fault(
+        "ids are changed under those who kept them",
+        GENERATE,
+        "            self.ids = torch.cat([self.ids, token], 1)\n",
+        "            self.ids = torch.cat([self.ids, token], 1, out=self.ids.new_empty(0).long())\n"
+        "            self.ids[:, 0] = 0\n",
+        _test(LOOP_TESTS, "test_ids_that_others_edit_or_keep"),
+    ),
+    Fault(
+        "verdicts must be of type bool",
+        GENERATE,
+        'self.records["scores"]).bool()',
+        'self.records["scores"])',
+        _test(LOOP_TESTS, "test_integer_verdicts_end_rows"),
+    ),
+    Fault(
+        "ids keep the type of the prompt",
+        GENERATE,
+        "torch.empty(len(old), width, dtype=torch.long",
+        "torch.empty(len(old), width, dtype=old.dtype",
+        _test(LOOP_TESTS, "test_32_bit_ids"),
+    ),
+    Fault(
+        "ids for the whole limit at once",
+        GENERATE,
+        ", self.num_columns + max(self.num_columns, ROOM))",
+        ", 10**15)",
+        _test(LOOP_TESTS, "test_room_for_ids_and_mask_grows"),
+    ),
+    Fault(
+        "room for the mask follows from the ids",
+        GENERATE,
+        "mask.shape[1] + ROOM)",
+        "ids.shape[1] + ROOM)",
+        _test(LOOP_TESTS, "test_mask_that_is_much_longer_than_the_ids"),
+    ),
+    Fault(
+        "a pass too many beyond the model's positions",
+        GENERATE,
+        "at_once=beyond",
+        "at_once=False",
+        _test(LOOP_TESTS, "test_beyond_the_positions_of_a_model"),
+    ),
+    Fault(
+        "no warning for a prompt that is too long",
+        GENERATE,
+        "self.num_columns > longest",
+        "self.num_columns - 1 == longest",
+        _test(LOOP_TESTS, "test_beyond_the_positions_of_a_model"),
+    ),
+    Fault(
+        "methods replaced on the object unseen",
+        GENERATE,
+        'getattr(getattr(model, name), "__func__", None)',
+        "getattr(type(model), name)",
+        _test(LOOP_TESTS, "test_methods_replaced_on_the_object_are_heeded", "test_prefix_tuning"),
+    ),
+    Fault(
+        "no memory for a pass that nobody wants fails the call",
+        GENERATE,
+        "except (BlockPoolExhausted, torch.OutOfMemoryError):",
+        "except BlockPoolExhausted:",
+        _test(LOOP_TESTS, "test_memory_that_runs_out_is_an_error_only_if_the_token_is_wanted"),
+    ),
+    Fault(
+        "prefill is cut though its hidden states are wanted",
+        GENERATE,
+        " or config.output_hidden_states or config.output_attentions",
+        "",
+        _test(LOOP_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
+    ),
+    Fault(
+        "prefill is cut whatever there is to it",
+        GENERATE,
+        "whole = whole or any(",
+        "whole = whole and any(",
+        _test(LOOP_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
+    ),
+    Fault(
+        "streamer gets a tensor that changes",
+        GENERATE,
+        'self.streamer.put(self.token[:, 0].to("cpu", copy=True))',
+        "self.streamer.put(self.token[:, 0].cpu())",
+        _test(LOOP_TESTS, "test_streamer_gets_every_token_once"),
+    ),
+    Fault(
+        "nobody tells the cache who has finished",
+        GENERATE,
+        "            self.cache.state.finish(flags)\n",
+        "            pass\n",
+        _test(FINISHED_TESTS, "test_finished_rows_give_their_blocks_back"),
+    ),
+    Fault(
+        "the cache is told with every token",
+        GENERATE,
+        " and flags != self.told:",
+        ":",
+        _test(FINISHED_TESTS, "test_finished_rows_give_their_blocks_back"),
+    ),
+    Fault(
+        "every cache is told who has finished",
+        GENERATE,
+        'outputs.get("past_key_values", cache)\n',
+        'outputs.get("past_key_values", cache)\n        self.told = cache\n',
+        _test(FINISHED_TESTS, "test_nothing_rests_where_somebody_may_look"),
+    ),
+    Fault(
+        "a random argument changes the result",
+        GENERATE,
+        "records[name] = record + (",
+        'records[name] = record + (outputs.logits[:, -1] if name == "logits" else ',
+        _test(RANDOM_TESTS, "test_random_calls"),
     ),
     Fault(
         "capacity of compiled steps unwatched",

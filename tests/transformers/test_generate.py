@@ -6,7 +6,7 @@ import queue
 
 import pytest
 import torch
-from models import NEW_TOKENS, SCENARIOS, build, expected, generate, left_padded, paged, prompt, under
+from models import NEW_TOKENS, SCENARIOS, VOCAB, build, expected, generate, left_padded, paged, prompt, under
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -211,6 +211,126 @@ def test_processors_and_criteria_see_the_same(llama, deferred, runs):
     assert runs
 
 
+class Editor(LogitsProcessor):
+    """Replaces the last token of every row in place."""
+
+    def __call__(self, input_ids, scores):
+        input_ids[:, -1] = (input_ids[:, -1] + 1) % VOCAB
+        return scores
+
+
+class EditingStop(StoppingCriteria):
+    """The same after a token was chosen, before the next forward pass; answers with integers."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        input_ids[:, -1] = input_ids[:, -1] * 3 % VOCAB
+        return torch.zeros(len(input_ids), dtype=torch.long)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ids_that_others_edit_or_keep(llama, rows, deferred, runs):
+    results = []
+    for how in ({}, OURS):
+        kept = []
+
+        def keep(input_ids, scores, kept=kept, **kwargs):
+            kept.append(input_ids)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        criteria = StoppingCriteriaList([EditingStop(), keep])
+        out = generate(
+            llama,
+            input_ids=prompt(rows),
+            logits_processor=[Editor()],
+            stopping_criteria=criteria,
+            output_scores=True,
+            **how,
+        )
+        results.append((out, [ids.tolist() for ids in kept]))
+    check_same(results[1][0], results[0][0])
+    assert results[1][1] == results[0][1]
+    assert runs
+
+
+def test_integer_verdicts_end_rows(llama, deferred, runs):
+    def stop(input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] == 17, input_ids.shape[1] == 20]).long()
+
+    results = []
+    for how in ({}, OURS):
+        results.append(generate(llama, input_ids=prompt(), stopping_criteria=StoppingCriteriaList([stop]), **how))
+    check_same(results[1], results[0])
+    assert results[1].sequences.shape[1] == 20
+    assert runs
+
+
+def test_32_bit_ids(llama, runs):
+    wanted, out = (generate(llama, input_ids=prompt().int(), **how) for how in ({}, OURS))
+    assert wanted.sequences.dtype == out.sequences.dtype == torch.long
+    check_same(out, wanted)
+    assert runs
+
+
+@pytest.mark.parametrize("room", [1, 5])
+def test_room_for_ids_and_mask_grows(llama, room, runs, monkeypatch):
+    """A limit that no memory could hold; under sdpa the mask grows too."""
+    monkeypatch.setattr(loop, "ROOM", room)
+    inputs = left_padded(prompt(2, 3), 1, 0)
+    with under(llama, "sdpa"):
+        limit = {"stopping_criteria": StoppingCriteriaList([lambda ids, scores, **_: torch.tensor(ids.shape[1] == 40)])}
+        wanted = generate(llama, max_new_tokens=10**12, **inputs, **limit)
+        eos = wanted.sequences[:, -1].tolist()
+        for options in (limit, {"eos_token_id": eos, "min_new_tokens": 35}):
+            wanted = generate(llama, max_new_tokens=10**12, **inputs, **options)
+            check_same(generate(llama, max_new_tokens=10**12, **inputs, **options, **OURS), wanted)
+            assert wanted.sequences.shape[1] >= 38
+    assert len(runs) == 2
+
+
+def test_mask_that_is_much_longer_than_the_ids(llama, runs, monkeypatch):
+    """Only the new tokens of a chat are passed, or embeddings: the mask covers all columns."""
+    monkeypatch.setattr(loop, "ROOM", 4)
+    with under(llama, "sdpa"):
+        first = left_padded(prompt(2, 40), 9, 0)
+        results = []
+        for how in ({}, OURS):
+            cache = DynamicCache(config=llama.config)
+            said = generate(llama, cache, **first).sequences
+            new = torch.cat([said[:, -1:], prompt(2, 3, seed=4)], 1)
+            mask = torch.cat([first["attention_mask"], torch.ones(2, NEW_TOKENS + 3, dtype=torch.long)], 1)
+            results.append(generate(llama, cache, input_ids=new, attention_mask=mask, **how))
+            with torch.no_grad():
+                embeds = llama.get_input_embeddings()(first["input_ids"])
+            mask = first["attention_mask"]
+            results.append(generate(llama, DynamicCache(), inputs_embeds=embeds, attention_mask=mask, **how))
+    check_same(results[2], results[0])
+    check_same(results[3], results[1])
+    assert len(runs) == 2
+
+
+def test_beyond_the_positions_of_a_model(deferred, monkeypatch):
+    """The warning comes as before, also for a prompt that is too long; no pass too many goes beyond."""
+    model = hf_fastattn.paged(build("llama", "fastattn", max_position_embeddings=18))
+    logger, warned, passes = importlib.import_module("transformers.generation.stopping_criteria").logger, [], []
+    monkeypatch.setattr(logger, "warning_once", warned.append)
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for length, steps in ((14, 5), (20, 2), (14, 3)):
+        inputs, counts = {"input_ids": prompt(1, length)}, []
+        eos = eos_of(model, inputs, 0, steps)
+        for how in ({}, OURS):
+            del warned[:], passes[:]
+            out = generate(model, eos_token_id=eos, **inputs, **how)
+            counts.append(
+                (
+                    out.sequences.tolist(),
+                    len(set(warned)),
+                    len(passes) - (deferred and bool(how) and length + steps <= 18),
+                )
+            )
+        assert counts[1] == counts[0]
+        assert counts[0][1] == (length + steps > 18)
+
+
 def test_own_length_criterion_is_obeyed(llama, runs):
     for limit in (17, 40):
         criteria = StoppingCriteriaList([MaxLengthCriteria(limit)])
@@ -234,13 +354,14 @@ class Streamer(BaseStreamer):
         self.values = queue.SimpleQueue()
 
     def put(self, value):
-        self.values.put(value.tolist())
+        self.values.put(value)  # itself: another thread may look at it later
 
     def end(self):
         self.values.put("end")
 
     def all(self):
-        return [self.values.get_nowait() for _ in range(self.values.qsize())]
+        values = [self.values.get_nowait() for _ in range(self.values.qsize())]
+        return [value if isinstance(value, str) else value.tolist() for value in values]
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -287,6 +408,30 @@ def test_full_fixed_pool_is_an_error_only_if_the_token_is_wanted(llama, deferred
         generate(llama, paged(llama, num_blocks=1), **inputs, **OURS)
 
 
+def test_memory_that_runs_out_is_an_error_only_if_the_token_is_wanted(llama, forwards, deferred):
+    inputs = {"input_ids": prompt(1)}
+    eos = eos_of(llama, inputs, 0, 3)
+    wanted = generate(llama, eos_token_id=eos, **inputs)
+    del forwards[:]
+
+    def full(*_):
+        if len(forwards) == 4:  # the prompt and two tokens are through
+            raise torch.OutOfMemoryError("as planned")
+
+    hook = llama.model.layers[1].register_forward_pre_hook(full)
+    try:
+        out = generate(llama, eos_token_id=eos, **inputs, **OURS)
+        check_same(out, wanted)
+        assert out.past_key_values.get_seq_length() == 16
+        del forwards[:]
+        with pytest.raises(torch.OutOfMemoryError, match="as planned"):
+            generate(llama, **inputs, **OURS)
+    finally:
+        hook.remove()
+    said = {"input_ids": torch.cat([out.sequences, prompt(1, 5, seed=6)], 1)}
+    check_same(generate(llama, out.past_key_values, **said), generate(llama, wanted.past_key_values, **said))
+
+
 def test_compiled_steps(llama, deferred, runs):
     """One graph over several calls; rows that end early, and the capacity is kept."""
     from test_compiled import Graphs, _compiled
@@ -324,20 +469,25 @@ def test_prefill_that_runs_out_of_memory_is_cut(llama, monkeypatch):
     inputs, widths = left_padded(prompt(2, 50), 13, 0), []
 
     def full(module, args, kwargs):
-        if kwargs["input_ids"].shape[1] > 17:
+        widths.append(kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1])
+        if widths[-1] > 17:
             raise torch.OutOfMemoryError("as planned")
-        widths.append(kwargs["input_ids"].shape[1])
 
     wanted = generate(llama, prefill_chunk_size=13, **inputs)
     hook = llama.register_forward_pre_hook(full, with_kwargs=True)
     try:
         out = generate(llama, **inputs, **OURS)
-        assert widths[:4] == [13, 13, 13, 11]
+        assert widths[:6] == [50, 25, 13, 13, 13, 11]
         monkeypatch.setattr(loop, "MIN_CHUNK", 25)
         with pytest.raises(torch.OutOfMemoryError):
             generate(llama, **inputs, **OURS)
         with pytest.raises(torch.OutOfMemoryError):  # a cache that is not ours cannot go back
             generate(llama, DynamicCache(), **inputs, **OURS)
+        monkeypatch.setattr(loop, "MIN_CHUNK", 4)
+        with pytest.raises(torch.OutOfMemoryError):  # those of all but the last piece would be missing
+            generate(llama, output_hidden_states=True, **inputs, **OURS)
+        with pytest.raises(torch.OutOfMemoryError), torch.no_grad():  # whatever else there is may not be cut alike
+            generate(llama, inputs_embeds=llama.get_input_embeddings()(inputs["input_ids"]), **inputs, **OURS)
     finally:
         hook.remove()
     check_same(out, wanted)
@@ -360,6 +510,32 @@ def test_other_modes(llama, runs):
     check_same(generate(llama, static[1], input_ids=prompt(), **OURS), wanted)
     phi = hf_fastattn.paged(build("phi3", "fastattn"))
     check_same(generate(phi, input_ids=prompt(), **OURS), generate(phi, input_ids=prompt()))
+    assert not runs
+
+
+def test_methods_replaced_on_the_object_are_heeded(llama, runs, monkeypatch):
+    """PEFT gives the model that it wraps another prepare_inputs_for_generation while it generates."""
+    calls, native = [], llama.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        calls.append(1)
+        return native(*args, **kwargs)
+
+    monkeypatch.setattr(llama, "prepare_inputs_for_generation", prepare)
+    generate(llama, input_ids=prompt(), **OURS)
+    assert len(calls) == NEW_TOKENS
+    assert not runs
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_prefix_tuning(runs):
+    peft = pytest.importorskip("peft")
+    model = hf_fastattn.paged(build("llama", "fastattn"))
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(model, config).eval()
+    inputs = left_padded(prompt(), 4, 0)
+    check_same(generate(model, **inputs, **OURS), generate(model, **inputs))
     assert not runs
 
 
