@@ -26,9 +26,10 @@ types: $(VENV)/.ready
 test-cpu: $(VENV)/.ready
 	$(PYTEST) -m "not interpret and not compile and not gpu and not soak"
 
-# The oldest supported transformers lies in a folder of its own, in front of the newest one.
+# The oldest supported transformers lies in a folder of its own, in front of the newest one. Here the CPU reads blocks
+# by their table, as a GPU does, where it would view them otherwise.
 test-oldest: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
-	PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m "not interpret and not compile and not gpu and not soak" tests/transformers
+	FASTATTN_TEST_BY_TABLE=1 PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m "not interpret and not compile and not gpu and not soak" tests/transformers
 
 test-interpret: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
@@ -36,8 +37,14 @@ test-interpret: $(VENV)/.ready
 test-compile: $(VENV)/.ready
 	$(PYTEST) -m compile tests/compile
 
-test-gpu: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -m gpu tests/gpu
+# A machine with a GPU may have a torch of its own and no $(VENV): then PYTHON runs these, as it does when it is given on
+# the command line. Most of their time is the compilation of kernels, so one process per core, up to 12, where
+# pytest-xdist is installed.
+test-gpu: GPU_PYTHON ?= $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
+test-gpu: GPU_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 12 ? cores : 12)))
+test-gpu:
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -m gpu \
+		$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS) --dist worksteal") tests/gpu
 
 soak: $(VENV)/.ready
 	$(THREADS) $(BIN)/python -m pytest -q -m soak

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .cache import PagedLayer
+from .columns import Step
+from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
-from .paged_state import DeviceTables, Step
 
 
 def fastattn_attention(
@@ -89,12 +90,16 @@ def _paged_attention(
     else:
         step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
         cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
-        k_cache, v_cache = cache.store(layer, new, step, tables)
-        if step.fresh:
-            key_mask = None if step.mask is None else step.mask.to(query.device)
-            out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
+        if step.runs is not None:
+            k, v = cache.extend(layer, new, step, step.runs)
+            out = _attend_dense(query, k, v, None, options)
         else:
-            out = _attend_blocks(query, k_cache, v_cache, step, tables, options)
+            k_cache, v_cache = cache.store(layer, new, step, tables)
+            if step.fresh:
+                key_mask = None if step.mask is None else step.mask.to(query.device)
+                out = ops.prefill_attention(query, new.k, new.v, key_mask=key_mask, **options.prefill())
+            else:
+                out = _attend_blocks(query, k_cache, v_cache, step, tables, options)
     current = cache.state.step
     assert current is not None
     if current.last_layer is None:
@@ -154,10 +159,25 @@ def _dense_attention(
         return fallback_attention(query, key, value, mask, options)
     if key_mask is not None:
         key_mask = key_mask.expand(query.shape[0], -1)
-    if query.shape[2] == 1:
-        window = options.window if options.causal else ops.NO_WINDOW
-        return ops.decode_attention(query, key, value, key_mask=key_mask, **(options.decode() | {"window": window}))
-    return ops.prefill_attention(query, key, value, key_mask=key_mask, **options.prefill())
+    return _attend_dense(query, key, value, key_mask, options)
+
+
+def _attend_dense(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attend to dense keys under key padding alone."""
+    if query.shape[2] > 1:
+        return ops.prefill_attention(query, key, value, key_mask=key_mask, **options.prefill())
+    return ops.decode_attention(
+        query,
+        key,
+        value,
+        softmax_scale=options.softmax_scale,
+        key_mask=key_mask,
+        sinks=options.sinks,
+        window=options.window if options.causal else ops.NO_WINDOW,
+        softcap=options.softcap,
+    )
 
 
 def _last_layer(module: nn.Module, layer: PagedLayer) -> int:

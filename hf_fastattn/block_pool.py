@@ -10,6 +10,7 @@ are placed apart, so that a sequence usually lies in one run, which a CPU reads 
 import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 NO_BLOCK = -1
 """Stands in a sequence's row for a block that was freed because no query will look back that far."""
@@ -154,6 +155,20 @@ class BlockPool:
             self._runs.insert(index, [start, length])
 
 
+class EvenRuns(NamedTuple):
+    """Rows of blocks that are runs of one length, side by side or evenly spaced.
+
+    Attributes:
+        freed: blocks at the beginning of each row that were freed.
+        first: the block behind those in the first row.
+        distance: blocks from there to the same place in the next row.
+    """
+
+    freed: int
+    first: int
+    distance: int
+
+
 class BlockTables:
     """The blocks and lengths of a batch of sequences over one pool.
 
@@ -234,6 +249,22 @@ class BlockTables:
             del row[count:]
         self.lens = list(lens)
         return self.make_tails_private()
+
+    def even_runs(self) -> EvenRuns | None:
+        """Return where the rows lie if each is one run of blocks, as long as the others, and they are evenly spaced."""
+        if not self.rows or not self.rows[0]:
+            return None
+        freed = self.num_freed(0)
+        begins = [row[freed] if freed < len(row) else NO_BLOCK for row in self.rows]
+        length = len(self.rows[0]) - freed
+        distance = begins[1] - begins[0] if len(begins) > 1 else length
+        if begins[0] == NO_BLOCK or distance < length:
+            return None
+        for i, row in enumerate(self.rows):
+            first = begins[0] + i * distance
+            if row[freed:] != list(range(first, first + length)) or row[:freed] != self.rows[0][:freed]:
+                return None
+        return EvenRuns(freed, begins[0], distance)
 
     def free_before(self, ends: Sequence[int]) -> bool:
         """Free the blocks of each sequence that end at or before its token ends[i]; return whether there were any.

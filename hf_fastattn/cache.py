@@ -20,12 +20,15 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from . import ops
-from .block_pool import NO_BLOCK, BlockPoolExhausted
+from .block_pool import NO_BLOCK, BlockPoolExhausted, EvenRuns
+from .columns import Step
+from .device_tables import DeviceTables
 from .handles import Handle, NewStates
 from .kv_pool import MEMORY_FULL, KVPool, LayerBlocks, persistent
 from .model_config import last_caching_layer, layer_types, text_config, window_of_all_layers
 from .offload import offloaded_layers
-from .paged_state import DeviceTables, PagedState, Step
+from .ops._views import view_runs
+from .paged_state import PagedState
 from .stats import CacheStats, cache_stats
 
 IMPLEMENTATION = "fastattn"
@@ -36,7 +39,7 @@ BLOCK_SIZE = 64
 
 
 def _refuse_export() -> None:
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # torch 2.11's compiler takes is_exporting() itself for True
         raise RuntimeError(
             "a PagedCache cannot be exported: its block tables change on the host between forward passes. Export "
             "the model with another cache, or compile it with torch.compile"
@@ -74,7 +77,7 @@ class PagedLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
         """Whether a decode step over the cache can be compiled and captured."""
-        return self.cache.state.reserved and self.cache.uses_handles
+        return self.cache.is_compileable
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -239,7 +242,7 @@ class PagedCache(Cache):
         step = self.state.step
         if step is None or layer.layer_idx <= step.first_layer:
             if torch.compiler.is_compiling() and mask is None and self.state.reserved:
-                step = self.state.begin_compiled(layer.layer_idx, new.k.shape[2], new.k.device)
+                step = self.state.begin_compiled(layer.layer_idx, new.k.shape[2])
             else:
                 step = self._begin(layer.layer_idx, new.k, mask)
         return step, self.state.on(new.k.device)
@@ -248,7 +251,7 @@ class PagedCache(Cache):
         """Write a layer's new states into its blocks; return these, (num_blocks, block_size, heads, head_dim) each."""
         k_cache, v_cache = layer.blocks.fetch(self.state, step)
         positions = None if step.positions is None else step.positions.to(new.k.device)
-        k, v = (new.k.detach(), new.v.detach()) if torch.is_grad_enabled() else (new.k, new.v)
+        k, v = new.detached()
         block_table, past_lens = tables.block_table, tables.past_lens
         if step.group > 1:  # the first of each group stores for all
             k, v, block_table, past_lens = (x[:: step.group] for x in (k, v, block_table, past_lens))
@@ -256,6 +259,24 @@ class PagedCache(Cache):
         ops.store_kv(k, v, k_cache, v_cache, block_table, past_lens, positions=positions)
         layer.blocks.written(self.state, step)
         return k_cache, v_cache
+
+    def extend(self, layer: PagedLayer, new: NewStates, step: Step, runs: EvenRuns) -> tuple[Tensor, Tensor]:
+        """Write a layer's new states behind the others where a CPU's blocks lie in even runs.
+
+        Returns:
+            Views of all keys and values, (num_seqs, num_kv_heads, tokens, head_dim) each.
+        """
+        k_cache, v_cache = layer.blocks.fetch(self.state, step)
+        num_seqs, _, query_len, _ = new.k.shape
+        freed, first, distance = runs
+        tokens = step.lens[0] - freed * self.state.block_size
+        k = view_runs(k_cache, num_seqs, tokens, first, distance)
+        v = view_runs(v_cache, num_seqs, tokens, first, distance)
+        new_k, new_v = new.detached()
+        k.narrow(2, tokens - query_len, query_len).copy_(new_k)
+        v.narrow(2, tokens - query_len, query_len).copy_(new_v)
+        layer.blocks.written(self.state, step)
+        return k, v
 
     def store_dense(self, new: NewStates, *, commit: bool = True, handles: bool = True) -> tuple[Tensor, Tensor]:
         """Store all new columns and return all keys and values dense; the cache stays dense from now on.
@@ -311,7 +332,7 @@ class PagedCache(Cache):
             state.sync()
         columns = state.columns + (step.query_len if step is not None else 0)
         stored = torch.ones(state.num_seqs, columns, dtype=torch.bool, device=device)
-        known = step.stored if step is not None else state.stored
+        known = step.stored if step is not None else state.padding.stored
         if known is not None:
             stored[:, : known.shape[1]] = known.to(device)
         positions = (stored.cumsum(1) - 1).clamp(min=0)
@@ -364,9 +385,11 @@ class PagedCache(Cache):
         """Return what a layer's get_mask_sizes does; also where compiled steps are kept inside the capacity."""
         if not self.uses_handles:
             return self.columns() + query_length, 0
+        if torch.compiler.is_compiling():  # no graph depends on max_length
+            return -1, 0
         state = self.state
         single = query_length == 1  # may be the first compiled step, which is not behind yet
-        if not torch.compiler.is_compiling() and (state.behind or single) and state.max_length is not None:
+        if (state.behind or single) and state.max_length is not None:
             state.unsynced += query_length
             if state.columns + state.unsynced > state.max_length:
                 state.sync()
@@ -375,6 +398,11 @@ class PagedCache(Cache):
                 if longest > state.max_length:
                     raise self.exhausted(state.too_long(longest))
         return -(state.max_length or 1), 0
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether a decode step can be compiled and captured; transformers would ask every layer, at every token."""
+        return self.state.reserved and self.uses_handles
 
     def early_initialization(
         self,
@@ -555,13 +583,16 @@ class PagedCache(Cache):
     def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
         if torch.compiler.is_compiling():
             return self._begin_outside(layer_idx, new, mask, mask_known)
-        with self.explain_exhaustion():
+        try:
             return self.state.begin(layer_idx, new, mask, mask_known=mask_known)
+        except BlockPoolExhausted as full:
+            raise self.exhausted(full) from None
 
     @torch.compiler.disable
     def _begin_outside(self, layer_idx: int, new: Tensor, mask: Tensor | None, mask_known: bool) -> Step:
         """Begin on the host in the middle of a compiled graph, which breaks there."""
-        return self._begin(layer_idx, new, mask, mask_known=mask_known)
+        with self.explain_exhaustion():
+            return self.state.begin(layer_idx, new, mask, mask_known=mask_known, traced=True)
 
     def _select(self, index: list[int]) -> None:
         if not self.state.num_seqs:

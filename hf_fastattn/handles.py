@@ -34,6 +34,10 @@ class NewStates:
         self.layer, self.k, self.v, self.owner = layer, k, v, owner
         self.dense: tuple[Tensor, Tensor] | None = None
 
+    def detached(self) -> tuple[Tensor, Tensor]:
+        """Return k and v for writing into a cache, which cuts gradients off."""
+        return (self.k.detach(), self.v.detach()) if torch.is_grad_enabled() else (self.k, self.v)
+
     def touch(self) -> tuple[Tensor, Tensor]:
         """Return all keys and values of the layer as dense tensors."""
         if self.dense is None:

@@ -8,7 +8,7 @@ other devices every block keeps its number.
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from .block_pool import BlockPool, BlockPoolExhausted
 from .pool_lock import PoolLock, locked
 
 if TYPE_CHECKING:
-    from .paged_state import PagedState, Step
+    from .columns import Step
+    from .device_tables import DeviceTables
+    from .paged_state import PagedState
 
 MEMORY_FULL = "; the host's memory does not hold that many"
 """Detail of a BlockPoolExhausted that no larger limit would avoid."""
@@ -110,7 +112,7 @@ class KVPool:
         self.ids = BlockPool(min(sizes, default=0) if num_blocks is None else num_blocks)
         self.users: weakref.WeakSet[PoolUser] = weakref.WeakSet()
         self.lock = PoolLock(self.ids.free)
-        self.kept_tables: dict[tuple[int, int, torch.device], Any] = {}  # of sized caches that are gone, see PagedState
+        self.kept_tables: dict[tuple[int, int, torch.device], DeviceTables] = {}  # of sized caches that are gone
         self.offload = any(layer.offloaded for layer in layers)
 
     @property
@@ -174,7 +176,7 @@ class KVPool:
             if lacking <= 0:  # other threads have made room meanwhile
                 return
             try:
-                self.resize(self.ids.num_blocks + max(lacking, self.ids.num_blocks // 2))
+                self._grow(lacking)
             except MemoryError as error:
                 raise BlockPoolExhausted(count, self.ids.num_free, self.ids.num_blocks, MEMORY_FULL) from error
             return
@@ -183,6 +185,17 @@ class KVPool:
                 user.reclaim(count - self.ids.num_free)
         if self.ids.num_free < count:
             raise BlockPoolExhausted(count, self.ids.num_free, self.ids.num_blocks)
+
+    def _grow(self, lacking: int) -> None:
+        """Add half as many blocks as there are, or only those that are lacking if memory does not hold so many."""
+        total = self.ids.num_blocks
+        for num_blocks in dict.fromkeys((total + max(lacking, total // 2), total + lacking)):
+            try:
+                self.resize(num_blocks)
+                return
+            except (torch.OutOfMemoryError, MemoryError):  # what it had allocated is freed before the next attempt
+                if num_blocks == total + lacking:
+                    raise
 
     @persistent
     def resize(self, num_blocks: int) -> None:
@@ -205,7 +218,8 @@ class KVPool:
         except (RuntimeError, MemoryError):  # torch's out-of-memory errors are RuntimeErrors
             for layer, name in done:  # what has moved goes back to its old place, at the beginning of the longer tensor
                 blocks = getattr(layer, name)
-                blocks[source.to(blocks.device)] = blocks[target.to(blocks.device)]
+                if ids is not None:  # else nothing was renumbered, and memory is full: there is none for a copy
+                    blocks[source] = blocks[target]
                 setattr(layer, name, blocks[: self.ids.num_blocks])
                 torch._dynamo.mark_static_address(getattr(layer, name))
             raise
@@ -273,4 +287,5 @@ def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
     else:
         blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
     torch._dynamo.mark_static_address(blocks)
+    torch._dynamo.maybe_mark_dynamic(blocks, 0)  # a compiled step serves pools of any size
     return blocks

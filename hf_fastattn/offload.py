@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .columns import Step
 from .kv_pool import LayerBlocks, allocate_blocks, persistent
-from .paged_state import PagedState, Step
+from .paged_state import PagedState
 
 Pair = tuple[Tensor, Tensor]
 Runs = list[tuple[int, int]]

@@ -127,7 +127,7 @@ class PrefixStore:
             blocks, count = self._match(root, tokens[:-1])
             rows.append(blocks)
             ends.append(columns[count] if columns else input_ids.shape[1])  # the first column to be computed
-            if columns and cache.state.keep_hidden:  # holes are stored too, so that only what is before them fits
+            if columns and cache.state.padding.keep_hidden:  # holes are stored too: only what is before fits
                 gap = next((i for i, column in enumerate(columns) if column != columns[0] + i), len(columns))
                 ends[-1] = min(ends[-1], columns[0] + gap)
         end = min(ends, default=0)
@@ -179,11 +179,12 @@ class PrefixStore:
             return 0
         for row, blocks in enumerate(state.tables.rows):
             tokens = token_ids[row, : state.columns].tolist()
-            if state.seen is not None:
-                visible = state.seen[row].tolist() + [True] * (state.columns - state.seen.shape[1])
+            seen = state.padding.seen
+            if seen is not None:
+                visible = seen[row].tolist() + [True] * (state.columns - seen.shape[1])
                 start = visible.index(True) if True in visible else len(visible)
                 end = visible.index(False, start) if False in visible[start:] else len(visible)
-                if state.keep_hidden:  # what follows a hole lies behind it in the blocks too
+                if state.padding.keep_hidden:  # what follows a hole lies behind it in the blocks too
                     tokens = tokens[start:end]
                 else:
                     tokens = [token for token, real in zip(tokens, visible, strict=True) if real]

@@ -1,9 +1,28 @@
 """What every test shares: memory that nobody wrote is NaN, and tiny models whose attention is sharp."""
 
+import os
+
 import pytest
 import torch
 
+from hf_fastattn.block_pool import BlockTables
 from tests.tiny import Pair, make_pair
+
+
+@pytest.fixture
+def by_table(monkeypatch):
+    """Let a CPU read and write blocks by their table always, as a GPU does, instead of viewing even runs."""
+    monkeypatch.setattr(BlockTables, "even_runs", lambda tables: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_by_table():
+    """The same for all tests if FASTATTN_TEST_BY_TABLE is set, as it is in one of the two runs of the glue's tests."""
+    patch = pytest.MonkeyPatch()
+    if os.environ.get("FASTATTN_TEST_BY_TABLE"):
+        patch.setattr(BlockTables, "even_runs", lambda tables: None)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="session", autouse=True)

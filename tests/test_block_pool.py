@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hf_fastattn.block_pool import BlockPool, BlockPoolExhausted, BlockTables
+from hf_fastattn.block_pool import NO_BLOCK, BlockPool, BlockPoolExhausted, BlockTables
 
 
 def picture(pool):
@@ -186,6 +186,31 @@ def test_cutting_with_blocks_kept_frees_nothing():
     assert tables.truncate([1], keep_blocks=True) == []
     assert tables.rows == [[0, 1, 2]]
     assert tables.lens == [1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [
+        ([[3, 4, 5]], (0, 3, 3)),
+        ([[0, 1], [4, 5], [8, 9]], (0, 0, 4)),
+        ([[NO_BLOCK, 1], [NO_BLOCK, 6]], (1, 1, 5)),
+        ([[0, 1], [2, 3]], (0, 0, 2)),
+        ([[0, 1], [4, 5], [7, 8]], None),  # not evenly spaced
+        ([[0, 2], [4, 5]], None),  # not a run
+        ([[0, 1], [4, 5, 6]], None),  # not of one length
+        ([[0, 1], [0, 1]], None),  # shared: nobody may write there
+        ([[0, 1, 2], [2, 3, 4]], None),  # overlapping
+        ([[4, 5], [0, 1]], None),  # backwards
+        ([[NO_BLOCK, 1], [5, 6]], None),  # freed in one of them
+        ([[NO_BLOCK, NO_BLOCK]], None),
+        ([[], []], None),
+        ([], None),
+    ],
+)
+def test_even_runs(rows, runs):
+    tables = BlockTables(BlockPool(10), 16)
+    tables.rows = rows
+    assert tables.even_runs() == runs
 
 
 def test_missing_and_reserve_count_blocks_not_tokens():

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from transformers import DynamicCache
 
 from hf_fastattn import BlockPoolExhausted, PagedCache, paged_state
+from hf_fastattn.block_pool import BlockTables
 from tests.tiny import TOLERANCE, VOCAB_SIZE, assert_logits, make_pair, running_out
 
 BRIEF = settings(
@@ -45,7 +46,7 @@ def check_state(cache: PagedCache) -> None:
         assert len(row) * state.block_size >= seq_len
         assert all(owners[block] == 1 for block in row[seq_len // state.block_size :])
     assert all(n <= state.columns for n in lens)
-    for mask in (state.seen, state.stored):
+    for mask in (state.padding.seen, state.padding.stored):
         assert mask is None or mask.shape[0] == len(rows)
         assert mask is None or mask.shape[1] <= state.columns
     for layer in cache.paged_layers:
@@ -64,18 +65,22 @@ class CacheMachine(RuleBasedStateMachine):
 
     pair = make_pair("llama")
     sizes: ClassVar[dict[str, int]] = {}
+    by_table = False  # blocks are read and written by their table always, as on a GPU
 
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed):
         self.random = torch.Generator().manual_seed(seed)
         self.slack, paged_state.GROWTH_SLACK = paged_state.GROWTH_SLACK, 5  # the pool has to grow now and then
+        self.even_runs = BlockTables.even_runs
+        if self.by_table:
+            BlockTables.even_runs = lambda tables: None
         self.cache = self.pair.cache(**self.sizes)
         self.others = []  # forks, on the same pool
         self.forget()
 
     def teardown(self):
         if hasattr(self, "slack"):
-            paged_state.GROWTH_SLACK = self.slack
+            paged_state.GROWTH_SLACK, BlockTables.even_runs = self.slack, self.even_runs
 
     def forget(self):
         self.oracle = DynamicCache()
@@ -282,10 +287,10 @@ class CacheMachine(RuleBasedStateMachine):
             check_state(self.cache)
 
 
-def machine(name, kind="llama", sizes=None, effort=BRIEF, **config):
+def machine(name, kind="llama", sizes=None, effort=BRIEF, by_table=False, **config):
     """Return a test case for a kind of model and cache."""
-    pair = make_pair(kind, **config)
-    case = type(name, (CacheMachine,), {"pair": pair, "sizes": sizes or {}}).TestCase
+    attributes = {"pair": make_pair(kind, **config), "sizes": sizes or {}, "by_table": by_table}
+    case = type(name, (CacheMachine,), attributes).TestCase
     case.settings = effort
     return case
 
@@ -298,6 +303,8 @@ TestLimited = machine("Limited", sizes={"max_length": 40, "num_blocks": 30})
 TestWindow = machine("Window", "mistral", sliding_window=11)
 TestWindowReserved = machine("WindowReserved", "mistral", {"max_length": MAX_COLUMNS + 8}, sliding_window=11)
 TestThreeLayers = machine("ThreeLayers", num_hidden_layers=3, num_key_value_heads=1)
+TestByTable = machine("ByTable", by_table=True)
+TestByTableWindow = machine("ByTableWindow", "mistral", by_table=True, sliding_window=11)
 TestOffload = machine("Offload", sizes={"offload": True}, num_hidden_layers=3)
 TestOffloadWindow = machine("OffloadWindow", "mistral", {"offload": True, "num_blocks": 30}, sliding_window=11)
 

@@ -179,7 +179,7 @@ def test_what_a_finished_row_holds(pair):
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
     cache.crop(-4)
     assert cache.state.tables.lens == [0, 19]
-    assert cache.state.finished is None
+    assert cache.state.padding.finished is None
     check_state(cache)
     new = tokens(2, 2, 5)
     mask = torch.cat([mask[:, :19], torch.ones_like(new)], 1)

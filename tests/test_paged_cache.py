@@ -762,7 +762,7 @@ def test_export_is_refused(llama, strict):
 
 
 def test_update_says_why_it_cannot_be_exported(llama, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
     with pytest.raises(RuntimeError, match="a PagedCache cannot be exported: its block tables change on the host"):
         llama.fast(tokens(1, 3), past_key_values=llama.cache())
 

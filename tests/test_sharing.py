@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_fastattn
 from hf_fastattn import BlockPoolExhausted, PagedCache, ops
+from hf_fastattn.device_tables import common_prefixes
 from hf_fastattn.kv_pool import KVPool
-from hf_fastattn.paged_state import common_prefixes
 from tests.test_cache_machine import check_state
 from tests.tiny import assert_logits, make_pair
 

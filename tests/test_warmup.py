@@ -29,7 +29,7 @@ def model():
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, by_table):
     """Take the CPU for a device with kernels; note the kinds of launches by op: (rows, queries, options)."""
     monkeypatch.setattr(module, "_compiles", lambda device: True)
     seen = {"prefill_attention": set(), "decode_attention": set(), "store_kv": set()}

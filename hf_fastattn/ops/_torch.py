@@ -99,9 +99,9 @@ def attend_dense(
     softcap: float,
 ) -> Tensor:
     """Attend over dense keys (num_seqs, num_kv_heads, seq_len, head_dim), queries aligned with the last key."""
-    query_len, seq_len = q.shape[2], k.shape[2]
-    if q.shape[0] == 0 or query_len == 0 or seq_len == 0:
-        return q.new_zeros(q.shape[0], query_len, q.shape[1], v.shape[3])
+    (num_seqs, num_heads, query_len, _), seq_len = q.shape, k.shape[2]
+    if num_seqs == 0 or query_len == 0 or seq_len == 0:
+        return q.new_zeros(num_seqs, query_len, num_heads, v.shape[3])
     if key_mask is not None:
         key_mask = key_mask[:, :seq_len]
         if bool(key_mask.all()):
@@ -109,13 +109,13 @@ def attend_dense(
     if causal and query_len == 1 and window < seq_len:
         k, v = k[:, :, -window:], v[:, :, -window:]
         key_mask = None if key_mask is None else key_mask[:, -window:]
-    windowed = causal and window < k.shape[2]
     plain = key_mask is None and softcap == 0.0 and sinks is None
-    if plain and query_len == 1 and q.dtype == torch.float32 and k.numel() > STREAMED_KEYS:
-        return _stream_one_query(q, k, v, softmax_scale)
-    if plain and (not causal or query_len == 1):
+    if plain and query_len == 1:
+        streams = k.numel() > STREAMED_KEYS and q.dtype == torch.float32
+        return (_stream_one_query if streams else _sdpa)(q, k, v, softmax_scale)
+    if plain and not causal:
         return _sdpa(q, k, v, softmax_scale)
-    if plain and query_len == seq_len and not windowed:
+    if plain and query_len == seq_len <= window:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
         return out.transpose(1, 2).contiguous()
     positions = torch.arange(seq_len - query_len, seq_len, device=q.device) if query_len > 1 and causal else None
@@ -209,14 +209,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
     """Call PyTorch's attention without causality; few queries are packed by key head so that keys are read once."""
     num_seqs, num_heads, query_len, head_dim = q.shape
     num_kv_heads = k.shape[1]
+    if query_len == 1:  # the query heads of a key head become queries
+        packed = q.reshape(num_seqs, num_kv_heads, -1, head_dim)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
+        return out.reshape(num_seqs, 1, num_heads, v.shape[3])
     group = num_heads // num_kv_heads
-    if group > 1 and (query_len == 1 or group * query_len <= 128):
+    if group > 1 and group * query_len <= 128:
         packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)
         if mask is not None and mask.shape[2] > 1:
             mask = mask.repeat(1, 1, group, 1)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
-        if query_len == 1:
-            return out.reshape(num_seqs, 1, num_heads, v.shape[3])
         out = out.reshape(num_seqs, num_heads, query_len, v.shape[3])
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)

@@ -25,9 +25,10 @@ def is_flat(cache: Tensor) -> bool:
 
 def view_runs(cache: Tensor, num_seqs: int, seq_len: int, first: int, distance: int) -> Tensor:
     """View sequences whose blocks are evenly spaced runs as (num_seqs, heads, seq_len, dim)."""
+    _, _, num_heads, head_dim = cache.shape
     block, slot, head, dim = cache.stride()
-    shape = (num_seqs, cache.shape[2], seq_len, cache.shape[3])
-    return cache.as_strided(shape, (distance * block, head, slot, dim), cache.storage_offset() + first * block)
+    strides = (distance * block, head, slot, dim)
+    return cache.as_strided((num_seqs, num_heads, seq_len, head_dim), strides, cache.storage_offset() + first * block)
 
 
 def read_blocks(cache: Tensor, blocks: list[int], tokens: int) -> Tensor:

@@ -41,7 +41,7 @@ def store_kv(
 
     Oracle: :func:`hf_fastattn.reference.store_kv`; tests: tests/test_ops.py, tests/interpret/test_store_kv.py.
     """
-    if k.dim() != 4 or v.shape[:3] != k.shape[:3]:
+    if k.dim() != 4 or v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"expected k and v (num_seqs, heads, query_len, dim), got {tuple(k.shape)}, {tuple(v.shape)}")
     if k_cache.shape[2:] != (k.shape[1], k.shape[3]) or v_cache.shape[2:] != (v.shape[1], v.shape[3]):
         raise ValueError(

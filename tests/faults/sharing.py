@@ -32,8 +32,8 @@ SHARING_FAULTS = [
         ("tests/test_threads.py::test_growth_does_not_come_between_the_counts_of_a_pass",),
         (
             "a pass ends without the lock, unseen",
-            "    @locked\n    def _commit_all(self) -> None:\n",
-            "    def _commit_all(self) -> None:\n        self.thread = None\n",
+            "    @locked\n    def _commit_planned(self) -> None:\n",
+            "    def _commit_planned(self) -> None:\n        self.thread = None\n",
         ),
     ),
     *_in(
@@ -84,19 +84,14 @@ SHARING_FAULTS = [
         ),
         ("a sized cache's groups do not part", "        if self.sharing and self.reserved:", "        if False:"),
         (
-            "masks of a group are not compared",
-            "        if self.sharing and not bool((new.unflatten",
-            "        if False and not bool((new.unflatten",
-        ),
-        (
             "chunks of a prompt are not shared",
             "self.columns + query_len > self.prompt_columns)",
             "self.columns + query_len > 0)",
         ),
         (
             "a fork owns nothing",
-            "            self.pool.share(row)\n        self.columns",
-            "            pass\n        self.columns",
+            "            self.pool.share(row)\n        self.sharing",
+            "            pass\n        self.sharing",
         ),
         (
             "a fork writes into its parent's block",
@@ -105,7 +100,7 @@ SHARING_FAULTS = [
         ),
         (
             "a fork forgets what is hidden",
-            "        twin.seen = None if self.seen is None else self.seen[list(index)]\n",
+            "        twin.padding.seen, twin.padding.stored = self.padding.seen, self.padding.stored\n",
             "",
         ),
         (
@@ -114,17 +109,22 @@ SHARING_FAULTS = [
             "pass",
         ),
         (
-            "a prefix reaches into the last block",
-            "[n // self.block_size for n in self.tables.lens]",
-            "[-(-n // self.block_size) for n in self.tables.lens]",
-        ),
-        ("freed blocks are taken for shared", "if count and one[count - 1] == NO_BLOCK:", "if False:"),
-        ("inner levels are forgotten", "                todo.append((begin, stop, shared))\n", ""),
-        (
             "crops of a growing pool find no room",
             "            try:\n                self.memory.make_room(",
             "            raise\n            try:\n                self.memory.make_room(",
         ),
+    ),
+    *_in(
+        "hf_fastattn/columns.py",
+        (TEST_SHARING, "-k", "group or prompt"),
+        ("masks of a group are not compared", "if group > 1 and not bool(", "if False and not bool("),
+    ),
+    *_in(
+        "hf_fastattn/device_tables.py",
+        (TEST_SHARING, "-k", "group or prompt or fork or common or chunks"),
+        ("a prefix reaches into the last block", "[n // self.block_size for n", "[-(-n // self.block_size) for n"),
+        ("freed blocks are taken for shared", "if count and one[count - 1] == NO_BLOCK:", "if False:"),
+        ("inner levels are forgotten", "                todo.append((begin, stop, shared))\n", ""),
     ),
     *_in(
         CACHE,
@@ -169,7 +169,11 @@ SHARING_FAULTS = [
         ("a block's beginning is not used", "if best is not None and _common(best.tokens, part):", "if False:"),
         ("the whole prompt is taken from the store", "self._match(root, tokens[:-1])", "self._match(root, tokens)"),
         ("columns of the longest match", "end = min(ends, default=0)", "end = max(ends, default=0)"),
-        ("holes are taken for stored", "            if columns and cache.state.keep_hidden:", "            if False:"),
+        (
+            "holes are taken for stored",
+            "            if columns and cache.state.padding.keep_hidden:",
+            "            if False:",
+        ),
         (
             "growth is not followed",
             "            node.block = moved.get(node.block, node.block)\n",
@@ -204,8 +208,8 @@ SHARING_FAULTS = [
         ("any rows taken for even runs", "if row != list(range(start, start + num_blocks)):", "if row[0] != start:"),
         (
             "distance of the sequences ignored",
-            "(distance * block, head, slot, dim), cache",
-            "(0, head, slot, dim), cache",
+            "= (distance * block, head, slot, dim)",
+            "= (0, head, slot, dim)",
         ),
         ("the end of the last block is seen", ".flatten(1, 2)[:, :tokens]", ".flatten(1, 2)"),
     ),

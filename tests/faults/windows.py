@@ -67,17 +67,21 @@ WINDOW_FAULTS = [
     *_in(
         STATE,
         (FINISHED,),
-        ("finished rows go on growing", "        self.finished = list(finished)\n", "        self.finished = None\n"),
         ("finished rows keep their blocks", "            self.tables.empty(newly)\n", "            pass\n"),
+    ),
+    *_in(
+        "hf_fastattn/columns.py",
+        (FINISHED,),
+        ("finished rows go on growing", "        self.finished = list(finished)\n", "        self.finished = None\n"),
         (
             "columns of finished rows count as seen",
-            "            self.seen[newly] = self.stored[newly] = False\n",
+            "            self.seen[emptied] = self.stored[emptied] = False\n",
             "            pass\n",
         ),
         (
             "rows that are chosen rest on",
-            "        self.step = self.finished = None\n        if not index:",
-            "        self.step = None\n        if not index:",
+            "        self.finished = None\n        self.seen = None if self.seen is None else self.seen[list(index)]\n",
+            "        self.seen = None if self.seen is None else self.seen[list(index)]\n",
         ),
     ),
     *_in(

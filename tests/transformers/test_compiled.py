@@ -89,6 +89,16 @@ def test_chat_goes_on_over_compiled_steps(family):
     assert graphs.count == 1
 
 
+def test_another_size_needs_no_new_graph_for_one_sequence():
+    model, graphs = build("llama"), Graphs()
+    for max_length, length in [(64, 9), (128, 14), (320, 70)]:
+        inputs = left_padded(prompt(1, length), 0)
+        with under(model):
+            out = generate(model, paged(model, max_length=max_length), **_compiled(graphs), **inputs)
+        assert torch.equal(out.sequences, generate(model, **inputs).sequences)
+        assert graphs.count == 1, f"a cache of {max_length} tokens brought graph {graphs.count}"
+
+
 def test_cache_that_is_reset_needs_no_new_graph():
     model, graphs = build("llama"), Graphs()
     exact, cache = in_float64(model), paged(model, max_length=MAX_LENGTH)

@@ -123,3 +123,18 @@ def test_every_device_has_tables_that_advance_together():
     assert int(cpu.columns) == state.columns == 20
     after = [meta.seq_lens._version, meta.past_lens._version, meta.columns._version]
     assert all(now > before for now, before in zip(after, versions, strict=True))  # the other device's were written too
+
+
+def test_a_compiled_step_counts_on_every_device():
+    state = PagedState(KVPool(16, None, [LayerBlocks()]), max_length=64, keep_hidden=False)
+    state.add_batch(2, 20)
+    first, second = (state.on(torch.device("cpu", index)) for index in (0, 1))
+    state.begin(0, torch.zeros(2, 2, 20, 8), traced=True)
+    state.commit()
+    for expected in (21, 22):
+        step = state.begin_compiled(0, 1)
+        assert not step.lens
+        state.commit()
+        for tables in (first, second):
+            assert tables.past_lens.tolist() == [expected] * 2
+            assert int(tables.columns) == expected
