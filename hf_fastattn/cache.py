@@ -248,8 +248,15 @@ class PagedCache(Cache):
         return step, self.state.on(new.k.device)
 
     def store(self, layer: PagedLayer, new: NewStates, step: Step, tables: DeviceTables) -> tuple[Tensor, Tensor]:
-        """Write a layer's new states into its blocks; return these, (num_blocks, block_size, heads, head_dim) each."""
+        """Write a layer's new states into its blocks; return these, (num_blocks, block_size, heads, head_dim) each.
+
+        A compiled decode step writes by index_put_, which the compiler fuses with the rotary embedding before it.
+        """
         k_cache, v_cache = layer.blocks.fetch(self.state, step)
+        if torch.compiler.is_compiling() and not step.lens and new.k.shape[2] == 1:
+            for cache, states in zip((k_cache, v_cache), new.detached(), strict=True):
+                cache.index_put_(tables.slots(step), states[:, :, 0].to(cache.dtype))
+            return k_cache, v_cache
         positions = None if step.positions is None else step.positions.to(new.k.device)
         k, v = new.detached()
         block_table, past_lens = tables.block_table, tables.past_lens

@@ -34,6 +34,7 @@ class Step:
         attended: a layer has said how far it looks back.
         rests: some sequences have finished; positions serve store_kv only, and what their queries see is nobody's
             business.
+        slots: in a compiled graph, block and place in the block of each sequence's new token, by device.
         runs: where all tokens lie, if on a CPU the blocks of all sequences are even runs that a layer can view.
     """
 
@@ -51,6 +52,7 @@ class Step:
     schedules: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
     attended: bool = False
     rests: bool = False
+    slots: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     runs: EvenRuns | None = None
 
 

@@ -105,6 +105,18 @@ class DeviceTables:
                 seen = None if step.positions is None or step.mask is None else step.mask[row][step.positions[row] >= 0]
                 self.key_mask[row, begin:end] = 1 if seen is None else seen
 
+    def slots(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return block and place in the block of each sequence's next token, (num_seqs,) int64 each; once per step.
+
+        The host has seen to it that there is room. If it had not, the last token would be overwritten, nobody else's.
+        """
+        if self.device not in step.slots:
+            last = self.width * self.block_size - 1
+            position = self.past_lens.long().clamp(max=last)
+            block = self.block_table.gather(1, (position // self.block_size)[:, None])[:, 0].long()
+            step.slots[self.device] = block, position % self.block_size
+        return step.slots[self.device]
+
     def advance(self, step: Step, columns: int) -> None:
         """Count a forward pass as complete; columns: those before it, as the host knows them."""
         if step.runs is not None and self._past is not None and self._columns is not None:

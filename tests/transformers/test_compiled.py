@@ -147,7 +147,7 @@ def test_padding_counts_towards_columns_only():
 
 
 def test_inductor_writes_pools_in_place():
-    """Functionalisation could clone what store_kv mutates: a copy of the whole pool, every layer, every step."""
+    """Functionalisation could clone what is written to: a copy of the whole pool, every layer, every step."""
     from torch._inductor.utils import run_and_get_code
 
     model, inputs = build("llama", num_hidden_layers=2), left_padded(prompt(2, 9), 4, 0)
@@ -159,8 +159,7 @@ def test_inductor_writes_pools_in_place():
     assert len(sources) == 1
     [source] = sources
     pool = ", ".join(map(str, cache.layers[0].k_cache.shape))
-    layers = model.config.num_hidden_layers
-    assert len(re.findall(r"^ *torch\.ops\.hf_fastattn\.store_kv", source, re.MULTILINE)) == layers
+    assert "torch.ops.hf_fastattn.store_kv" not in source  # written by generated kernels
     assert f"(({pool})" in source.replace("size=", "") or f"({pool})" in source  # the pools are inputs by this shape
     for line in source.splitlines():
         if re.search(rf"\({re.escape(pool)}\)|\b{cache.layers[0].k_cache.numel()}L?\b", line):

@@ -45,7 +45,7 @@ def _ops(family, layers):
     record = Record()
     _run(family, layers, record)
     [graph] = record.graphs
-    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op in ("call_function", "call_method"))
 
 
 def _kernels(family, layers):
@@ -70,11 +70,13 @@ def _split(few, many, name):
 def test_ops_per_layer_and_step(family):
     few, many = _ops(family, FEW), _ops(family, MANY)
     calls = {name: _split(few, many, name) for name in many if name.startswith("hf_fastattn.")}
+    stores = {name: _split(few, many, name) for name in many if name == "index_put_"}
+    assert stores == {"index_put_": (2, 0)}  # keys and values, for the compiler to fuse
     kinds = 2 if family in ("gemma2", "gpt_oss") else 1
     per_layer, beside = calls.pop("hf_fastattn.decode_schedule.default", (0, 0))
     assert per_layer == 0
     assert beside <= kinds  # its lists are made once per kind of layer
-    assert calls == {"hf_fastattn.store_kv.default": (1, 0), "hf_fastattn.decode_attention.default": (1, 0)}
+    assert calls == {"hf_fastattn.decode_attention.default": (1, 0)}
 
 
 @pytest.mark.slow
@@ -83,7 +85,7 @@ def test_kernels_per_layer_and_step():
     few, many = _kernels("llama", FEW), _kernels("llama", MANY)
     counts = {name: _split(few, many, name) for name in ("generated", "products", "ours")}
     assert counts["products"] == (7, 1)
-    assert counts["ours"] == (2, 1)  # store_kv and decode_attention; decode_schedule once
+    assert counts["ours"] == (1, 1)  # decode_attention; decode_schedule once
     per_layer, beside = counts["generated"]
-    assert per_layer <= 6
-    assert beside <= 3
+    assert per_layer <= 6  # as many as when store_kv was a launch of its own: its writes are in the rotary kernel
+    assert beside <= 4
