@@ -43,7 +43,7 @@ test-compile: $(VENV)/.ready
 test-gpu: GPU_PYTHON ?= $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
 test-gpu: GPU_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 12 ? cores : 12)))
 test-gpu:
-	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest -q -m gpu \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 $(GPU_PYTHON) -m pytest -q -m gpu \
 		$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS) --dist worksteal") tests/gpu
 
 soak: $(VENV)/.ready

@@ -119,7 +119,7 @@ def case_from_call(
 
 
 def compile_case(case: CompileCase, arch: int) -> CompileResult:
-    """Compile a case for sm_<arch> (80, 90 or 100; the feature sets 90a and 100a) with Triton and its ptxas.
+    """Compile a case for sm_<arch> (80, 86, 89, 90, 100, 120; the feature sets 90a, 100a, 120a) with Triton's ptxas.
 
     Raises:
         ValueError: a parameter of the kernel has neither a type nor a value, or a name is no parameter.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM, NO_WINDOW
 
-from ._launch import device_arch
+from ._launch import SMALL, device_arch
 
 INVARIANT_MIN_TILES = 8
 INVARIANT_MAX_PIECES = 32
@@ -124,10 +124,11 @@ def config(
 ) -> DecodeConfig:
     """Return the launch config of a size: tiles of about 32 KiB of K and V, as deep a pipeline as shared memory allows.
 
-    Chosen by compiling (registers, spills, shared memory), not yet by measuring.
+    Tiles of half the size where there is little shared memory, so that two programs share a multiprocessor. Chosen by
+    compiling (registers, spills, shared memory), not yet by measuring.
 
     Args:
-        arch: 80, 90 or 100, see device_arch.
+        arch: 80, 86, 90 or 100, see device_arch.
         head_dim, v_head_dim: of q and k, and of v.
         dtype: of q, k and v.
         rows: queries per sequence times query heads per kv head.
@@ -135,7 +136,8 @@ def config(
         members: most sequences that may share a prefix; 1 without sharing.
     """
     dims = pad_dim(head_dim) + pad_dim(v_head_dim)
-    block_n = min(max(_floor_power_of_2(32768 // (dims * dtype.itemsize)), 16), 128)
+    tile_bytes = 16384 if arch == SMALL else 32768
+    block_n = min(max(_floor_power_of_2(tile_bytes // (dims * dtype.itemsize)), 16), 128)
     if block_size is not None and block_size >= 64:
         block_n = min(block_n, block_size)  # one block id per tile
     widest = 64 if dims <= 256 and arch < 100 else 32  # sm_100: Triton 3.6 fails on tcgen05 in a loop in a loop
@@ -150,7 +152,7 @@ def config(
         block_m,
         block_n,
         num_warps,
-        num_stages=3 if arch == 80 else 4,
+        num_stages=4 if arch >= 90 else 3,
         programs_per_sm=1 if num_warps == 8 else 2,
         maxnreg=maxnreg,
     )
@@ -186,7 +188,12 @@ def make_plan(
 
 
 def supports(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor | None = None, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    softmax_scale: float = 1.0,
 ) -> str | None:
     """Return why the kernel cannot do a call, or None if it can."""
     if q.dtype not in KERNEL_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
@@ -197,6 +204,8 @@ def supports(
         return f"block_size must be a power of two from 16 to 256, got {k.shape[1]}"
     if key_mask is not None and key_mask.dtype not in (torch.bool, torch.int8, torch.uint8):
         return f"key_mask must be int8 or bool, got {key_mask.dtype}"
+    if not softmax_scale > 0:
+        return f"softmax_scale must be positive, got {softmax_scale}"
     return None
 
 

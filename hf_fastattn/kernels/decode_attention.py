@@ -29,7 +29,8 @@ from ._softmax import LOG2_E
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "shared_rows", "stride_mask_seq"]
+_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "shared_rows"]
+_UNSPECIALIZED += ["stride_table_seq", "stride_mask_seq"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -238,7 +239,7 @@ def launch(
         Unsupported: see supports.
         ValueError: the schedule was made for other sizes.
     """
-    reason = supports(q, k, v, block_table, key_mask)
+    reason = supports(q, k, v, block_table, key_mask, softmax_scale)
     if reason is not None:
         raise Unsupported(f"decode_attention: {reason}")
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -379,12 +380,13 @@ def _compile_case(
     softmax: str | None = None,
     num_shared: int = 0,
     batch_invariant: bool = False,
+    max_blocks: int = 64,
 ) -> "CompileCase":
     """Return the case of one call. every_option: key mask, sinks and softcap."""
     from ._compile import case_from_call  # no launch needs the compiler's tools
 
     meta = functools.partial(torch.empty, device="meta", dtype=dtype)
-    num_seqs, query_len, max_blocks = 16, rows // 4, 64
+    num_seqs, query_len = 16, rows // 4
     q, out = meta(num_seqs, 32, query_len, head_dim), meta(num_seqs, query_len, 32, head_dim)
     k = meta(num_seqs, 8, 4096, head_dim) if block_size is None else meta(2048, block_size, 8, head_dim)
     table = None if block_size is None else meta(num_seqs, max_blocks, dtype=torch.int32)

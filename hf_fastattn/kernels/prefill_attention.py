@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM
 
-from ._launch import Unsupported, device_arch
+from ._launch import SMALL, Unsupported, device_arch
 from ._loads import load_ahead
 from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
 
@@ -344,7 +344,7 @@ class PrefillConfig:
 
 
 def config(arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, *, plain: bool = True) -> PrefillConfig:
-    """Return the launch config for an architecture (80, 90, 100), head sizes and dtype.
+    """Return the launch config for an architecture (80, 86, 90, 100), head sizes and dtype.
 
     Chosen so that no case of :func:`compile_cases` spills registers or exceeds shared memory; not yet tuned on a GPU.
     plain: see :func:`is_plain`; other calls need registers of their own, taken from the tiles.
@@ -363,6 +363,8 @@ def is_plain(block_size: int, causal: bool, key_mask: bool, softcap: bool) -> bo
 _FLOAT32 = {
     (80, 128): PrefillConfig(64, 16, 8, 2, split=False),
     (80, 256): PrefillConfig(64, 16, 8, 2, split=False),
+    (SMALL, 128): PrefillConfig(32, 16, 8, 2, split=False),
+    (SMALL, 256): PrefillConfig(16, 16, 4, 2, split=False),
 }
 _FLOAT32_REST = PrefillConfig(32, 32, 8, 2, split=False)
 _HALF = {
@@ -370,6 +372,11 @@ _HALF = {
         64: PrefillConfig(128, 64, 4, 3),
         128: PrefillConfig(128, 32, 8, 4),
         256: PrefillConfig(64, 32, 8, 3),
+    },
+    SMALL: {
+        64: PrefillConfig(128, 64, 8, 3),
+        128: PrefillConfig(128, 32, 8, 3),
+        256: PrefillConfig(64, 32, 8, 2),
     },
     90: {
         64: PrefillConfig(128, 128, 8, 3),
@@ -552,7 +559,7 @@ def logit_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
 
 
 def compile_cases(arch: int) -> "list[CompileCase]":
-    """Return the launches whose cost eval/compile_report.py shows for an architecture (80, 90, 100)."""
+    """Return the launches whose cost eval/compile_report.py shows for an architecture (80, 86, 90, 100)."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [
         *(_case(arch, bf16, size, causal=True) for size in (64, 80, 96, 128, 256)),

@@ -62,18 +62,20 @@ def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., A
     """Return the CUDA implementation of an op: its launcher, or PyTorch for calls that the kernel does not do."""
 
     @functools.cache
-    def find_launcher() -> tuple[Callable[..., Any], type[Exception]]:
+    def find_launcher() -> tuple[Callable[..., Any], tuple[type[Exception], ...]]:
         launcher = importlib.import_module(f"hf_fastattn.kernels.{name}")
-        return launcher.launch, importlib.import_module("hf_fastattn.kernels._launch").Unsupported
+        unsupported = importlib.import_module("hf_fastattn.kernels._launch").Unsupported
+        too_large = importlib.import_module("triton.runtime.errors").OutOfResources  # raised before the launch
+        return launcher.launch, (unsupported, too_large)
 
     def on_cuda(*args: Any) -> Any:
         if not has_triton():
             _warn_slow(name, "Triton is not installed")
             return implementation(*args)
-        launch, unsupported = find_launcher()
+        launch, refusals = find_launcher()
         try:
             return launch(*args)
-        except unsupported as error:
+        except refusals as error:
             _warn_slow(name, str(error))
             return implementation(*args)
 

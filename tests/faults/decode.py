@@ -9,6 +9,7 @@ SCHEDULE = "hf_fastattn/kernels/decode_schedule.py"
 SOFTMAX = "hf_fastattn/kernels/_softmax.py"
 LOADS = "hf_fastattn/kernels/_loads.py"
 PLAN = "hf_fastattn/kernels/_decode_plan.py"
+LIBRARY = "hf_fastattn/ops/_library.py"
 
 ALGORITHM = "tests/interpret/test_decode_algorithm.py"
 CUTS = (ALGORITHM, "-k", "ranges_cut and lazy")
@@ -114,6 +115,20 @@ DECODE_FAULTS = [
             "schedules of other tiles fit",
             "tiles = (self.block_m.bit_length() - 1) * 8 + self.block_n.bit_length() - 1",
             "tiles = 0",
+        ),
+    ),
+    *_faults(
+        PLAN,
+        ("tests/interpret/test_decode_attention.py", "-k", "refused"),
+        ("a scale of nothing taken", "    if not softmax_scale > 0:", "    if False:"),
+    ),
+    *_faults(
+        LIBRARY,
+        ("tests/compile/test_launch.py", "-k", "goes_to_pytorch"),
+        (
+            "too little shared memory is an error",
+            "return launcher.launch, (unsupported, too_large)",
+            "return launcher.launch, (unsupported,)",
         ),
     ),
 ]

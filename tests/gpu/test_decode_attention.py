@@ -142,6 +142,14 @@ def test_logits_far_from_zero(offset):
     check(q, k, v, softmax_scale=1.0, block_table=table, seq_lens=seq_lens, largest_logit=1e4)
 
 
+@pytest.mark.filterwarnings("ignore:.*softmax_scale must be positive:RuntimeWarning")
+@pytest.mark.parametrize("scale", [0.0, -0.125])
+def test_a_scale_that_is_not_positive_goes_to_pytorch(scale):
+    k, v, table, seq_lens = paged([300, 17], kv_heads=2, dim=64, dtype=torch.float32)
+    q = queries(2, 8, 1, 64, torch.float32)
+    check(q, k, v, softmax_scale=scale, block_table=table, seq_lens=seq_lens)
+
+
 def shared_tree(query_len=1):
     """Return a call whose six sequences share 20 blocks, and the first four of them 9 more."""
     lens = [64 * 30 + 5 * i for i in range(6)]

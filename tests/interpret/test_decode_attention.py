@@ -215,6 +215,8 @@ def test_empty_calls(shape):
         (lambda call: setattr(call, "k", call.k[:, :8]), "block_size must be a power of two from 16 to 256, got 8"),
         (lambda call: setattr(call, "v", call.v.repeat(1, 1, 1, 17)), "head sizes go to 256, got 16 for q and k, 272"),
         (lambda call: setattr(call, "key_mask", torch.ones(2, 40)), "key_mask must be int8 or bool"),
+        (lambda call: call.options.update(softmax_scale=0.0), "softmax_scale must be positive, got 0.0"),
+        (lambda call: call.options.update(softmax_scale=-0.5), "softmax_scale must be positive, got -0.5"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(change, message):
