@@ -73,10 +73,12 @@ def fail(message: str) -> NoReturn:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device asked for, the GPU if there is one by default."""
+    """Return the device asked for, the GPU if there is one by default; a GPU with its number."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         fail("cuda was asked for, but PyTorch sees no GPU here: pass --device cpu")
+    if device.type == "cuda" and device.index is None:  # some functions insist on a number
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

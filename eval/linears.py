@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import StaticCache
 
 from hf_fastattn import reference
 from hf_fastattn.linear import GROUPS, DecodeLinear, optimize_linears, restore_linears
@@ -186,16 +187,33 @@ def measure_end_to_end(
     for batch in batches:
         ids = torch.randint(3, model.config.vocab_size, (batch, 128), device=device)
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        torch._dynamo.reset()  # what was compiled for other batches is no part of this one
+        caches: dict[str, StaticCache] = {}
         if device.type == "cuda":  # compiled decode steps in CUDA graphs: else launching from Python is what is timed
-            options["cache_implementation"] = "static"
+            caches = {
+                layer: StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
+                for layer in (BASELINE, OURS)
+            }
 
-        def run(change: Callable[[Any], Any], ids: Tensor = ids, options: dict[str, Any] = options) -> float:
+        def run(
+            layer: str,
+            change: Callable[[Any], Any],
+            ids: Tensor = ids,
+            options: dict[str, Any] = options,
+            caches: dict[str, StaticCache] = caches,
+        ) -> float:
             change(model)
+            if layer in caches:  # the same in every call, for its addresses are part of a graph
+                caches[layer].reset()
+                options = options | {"past_key_values": caches[layer]}
             mask = torch.ones_like(ids)
             return common.seconds(lambda: model.generate(ids, attention_mask=mask, **options), device)
 
-        cases = {BASELINE: lambda: run(restore_linears), OURS: lambda: run(optimize_linears)}
-        for layer, samples in common.alternate(cases, rounds, label=f"{name} batch {batch}").items():
+        cases = {
+            layer: functools.partial(run, layer, change)
+            for layer, change in ((BASELINE, restore_linears), (OURS, optimize_linears))
+        }
+        for layer, samples in common.alternate(cases, rounds, warmup=2, label=f"{name} batch {batch}").items():
             spread = common.Spread.of([batch * new_tokens / seconds for seconds in samples])
             rows.append({"cell": f"{name} batch {batch}", "layer": layer, "status": "ok", "shape": {"num_rows": batch}})
             rows[-1].update(tokens_per_s=spread.median, low=spread.low, high=spread.high)

@@ -143,16 +143,39 @@ def check(
     return own <= 2 * eager + rounding, {"error": own, "eager_error": eager}
 
 
-def generate_once(model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[str, Tensor]) -> dict[str, Any]:
+class Caches:
+    """The caches of a cell. A combination keeps its own: captured graphs are replayed where they were recorded only.
+
+    A DynamicCache is new for each call, since it keeps no memory.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def take(self, model: PreTrainedModel, combo: str, cell: Cell) -> Any:
+        """Return a combination's cache, empty."""
+        kind = COMBOS[combo][1]
+        if kind == "dynamic":
+            return make_cache(model, kind, cell)
+        if combo in self.kept:
+            self.kept[combo].reset()
+        else:
+            self.kept[combo] = make_cache(model, kind, cell)
+        return self.kept[combo]
+
+
+def generate_once(
+    model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[str, Tensor], caches: Caches
+) -> dict[str, Any]:
     """Run generate() once; return times and tokens."""
-    implementation, cache, compiled = COMBOS[combo]
+    implementation, _, compiled = COMBOS[combo]
     model.set_attn_implementation(implementation)
     clock = Clock(model.device)
     common.synchronize(model.device)
     start = time.perf_counter()
     tokens = model.generate(
         **inputs,
-        past_key_values=make_cache(model, cache, cell),
+        past_key_values=caches.take(model, combo, cell),
         max_new_tokens=cell.new_tokens,
         num_beams=cell.beams,
         do_sample=False,
@@ -165,10 +188,21 @@ def generate_once(model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[s
     return {"first": steps[0], "steps": steps[1:], "tokens": tokens[:, inputs["input_ids"].shape[1] :].cpu()}
 
 
+def attempt(row: dict[str, Any], action: Callable[[], Any]) -> Any:
+    """Return what an action returns; a failure is noted in its row, not the end of the run."""
+    try:
+        return action()
+    except Exception as error:
+        row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if torch.cuda.is_available():  # not while the error holds what it could not finish
+        torch.cuda.empty_cache()
+    return None
+
+
 def expected_tokens(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor]) -> Tensor:
     """Return the tokens of the baseline: eager attention, or sdpa where eager's score matrix would be too large."""
     baseline = "eager/dynamic" if cell.prompt <= CHECKED_PROMPT else "sdpa/dynamic"
-    return generate_once(model, baseline, cell, inputs)["tokens"]
+    return generate_once(model, baseline, cell, inputs, Caches())["tokens"]
 
 
 def measure_cell(
@@ -181,41 +215,49 @@ def measure_cell(
     checker: Callable[..., tuple[bool, dict[str, float]]] = check,
 ) -> list[dict[str, Any]]:
     """Check and time every combination on one cell; one row each."""
-    inputs = make_inputs(model, cell)
+    inputs, caches = make_inputs(model, cell), Caches()
     rows: dict[str, dict[str, Any]] = {}
+    torch._dynamo.reset()  # what was compiled for other cells is no part of this one
     for combo in combos:
-        row = rows[combo] = {"cell": cell.name, "combo": combo, **asdict(cell)}
-        try:
-            right, errors = checker(model, reference, *COMBOS[combo][:2], cell)
-        except Exception as error:  # a failing combination is a row, not the end of the run
-            row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        row.update(errors, status="ok" if right else "WRONG")
-    timed = [combo for combo in combos if rows[combo]["status"] == "ok"]
-    for combo in timed:  # compilation is warm-up: counted and shown apart
-        rows[combo]["first_call_s"] = common.seconds(
-            lambda c=combo: generate_once(model, c, cell, inputs), model.device
-        )
-    runs = common.alternate(
-        {combo: lambda c=combo: generate_once(model, c, cell, inputs) for combo in timed},
-        rounds,
-        warmup=0,
-        label=cell.name,
-    )
-    expected = expected_tokens(model, cell, inputs) if timed else None
+        row = rows[combo] = {"cell": cell.name, "combo": combo, **asdict(cell), "status": "ok"}
+        checked = attempt(row, lambda c=combo: checker(model, reference, *COMBOS[c][:2], cell))
+        if checked is not None:
+            row.update(checked[1], status="ok" if checked[0] else "WRONG")
+
+    def run(combo: str) -> Any:
+        if rows[combo]["status"] != "ok":
+            return None
+        result = attempt(rows[combo], lambda: generate_once(model, combo, cell, inputs, caches))
+        if result is None:
+            caches.kept.pop(combo, None)
+        return result
+
+    for combo in combos:  # compilation is warm-up: counted and shown apart; the second call records what is left to
+        first_call_s = common.seconds(lambda c=combo: run(c), model.device)
+        if run(combo) is not None:
+            rows[combo]["first_call_s"] = first_call_s
+    cases = {combo: lambda c=combo: run(c) for combo in combos if rows[combo]["status"] == "ok"}
+    runs = common.alternate(cases, rounds, warmup=0, label=cell.name)
+    timed = [combo for combo in cases if rows[combo]["status"] == "ok"]
+    caches.kept.clear()
+    baseline: dict[str, Any] = {}
+    expected = attempt(baseline, lambda: expected_tokens(model, cell, inputs)) if timed else None
     for combo in timed:
         first = common.Spread.of([run["first"] for run in runs[combo]])
         step = common.Spread.of([sorted(run["steps"])[len(run["steps"]) // 2] for run in runs[combo]])
         decode_s = [sum(run["steps"]) for run in runs[combo]]
-        unequal = (runs[combo][-1]["tokens"] != expected).any(0).nonzero().flatten()
+        tokens = runs[combo][-1]["tokens"]
+        unequal = [] if expected is None else (tokens != expected).any(0).nonzero().flatten().tolist()
         rows[combo].update(
             prefill_tokens_per_s=cell.batch * cell.prompt / first.median,
             decode_tokens_per_s=cell.batch * (cell.new_tokens - 1) / common.Spread.of(decode_s).median,
             first_token_s=asdict(first),
             step_ms=asdict(common.Spread(*(1e3 * x for x in (step.median, step.low, step.high)), step.count)),
-            first_difference=int(unequal[0]) if len(unequal) else None,
+            first_difference=unequal[0] if unequal else None,
         )
-        if len(unequal) and model.dtype in (torch.float32, torch.float64):
+        if expected is None:
+            rows[combo]["tokens"] = f"not compared, the baseline {baseline['status']}"
+        if unequal and model.dtype in (torch.float32, torch.float64):
             rows[combo]["status"] = "WRONG tokens"
     return list(rows.values())
 
@@ -259,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for cell in cells:
         tokens = cell.batch * cell.beams * (cell.prompt + cell.new_tokens)
-        wanted = 3 * common.kv_bytes(model.config, tokens, dtype)
+        copies = 3 + sum(COMBOS[combo][1] != "dynamic" for combo in combos)  # what is kept, and a DynamicCache growing
+        wanted = copies * common.kv_bytes(model.config, tokens, dtype)
         if wanted > common.free_memory(device):
             rows.append({"cell": cell.name, "combo": "-", "status": f"skipped: needs about {wanted / 2**30:.1f} GiB"})
             continue

@@ -141,7 +141,7 @@ def _describe_gpu(index: int) -> str:
     if not has_triton():
         return f"{name}: PyTorch implementation (install triton for the kernels)"
     if properties.major < 8:
-        return f"{name}: not tested; the kernels were compiled for 8.0, 9.0 and 10.0"
+        return f"{name}: not tested; the kernels were compiled for 8.0, 8.6, 9.0, 10.0 and 12.0"
     return (
         f"{name}: Triton kernels, fp16, bf16 and fp32, head sizes to {MAX_HEAD_DIM}, "
         f"decode kernel for up to {MAX_DECODE_QUERY_LEN} queries per sequence"

@@ -64,12 +64,34 @@ def fastattn_attention(
         position_bias=position_bias,
     )
     _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
+    wanted = query.dtype
+    if not query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type):
+        query, key, value, wanted = _one_dtype(query, key, value)
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:
         key, value = (x.materialize() if isinstance(x, Handle) else x for x in (key, value))
         out = _dense_attention(query, key, value, attention_mask, options)
-    return out, None
+    return out if out.dtype == wanted else out.to(wanted), None
+
+
+def _one_dtype(
+    query: Tensor, key: Tensor | Handle, value: Tensor | Handle
+) -> tuple[Tensor, Tensor | Handle, Tensor | Handle, torch.dtype]:
+    """Return the states of one call in one dtype where torch.autocast mixes them, and the dtype of its result.
+
+    Rotary embeddings give queries and keys in float32 under autocast, and projections give values in 16 bits. What a
+    cache holds keeps its dtype, of whatever calls filled it: the queries follow.
+    """
+    device, wanted = query.device.type, query.dtype
+    autocast = torch.is_autocast_enabled(device) and wanted != torch.float64
+    if autocast:
+        wanted = torch.get_autocast_dtype(device)
+    if isinstance(key, Handle) or isinstance(value, Handle):
+        return (query.to(key.dtype) if key.dtype == value.dtype else query), key, value, wanted
+    if autocast:
+        query, key, value = query.to(wanted), key.to(wanted), value.to(wanted)
+    return query, key, value, wanted
 
 
 def _paged_attention(
@@ -188,7 +210,7 @@ def _last_layer(module: nn.Module, layer: PagedLayer) -> int:
 
 def _refuse_packed_cache(module: nn.Module, position_ids: Any, mask: Tensor | None) -> None:
     """Raise if several sequences are packed into a row while a cache is filled: they would see each other."""
-    if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_compiling():
+    if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_dynamo_compiling():
         return
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] == 1:
         return

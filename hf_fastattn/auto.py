@@ -19,7 +19,7 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
-from .compile_policy import forgiving, gave_up, length_to_size
+from .compile_policy import Bucket, forgiving, gave_up, length_to_size, stays_eager
 from .generate import generate
 from .leases import lease
 from .model_config import text_config
@@ -81,7 +81,10 @@ class PagedByDefault:
         probe = {"past_key_values": SimpleNamespace(is_compileable=True)}
         length = None
         if steps and max_cache_length > 0 and self._valid_auto_compile_criteria(probe, generation_config):
-            length = length_to_size(self, text_config(self.config), batch_size * sequences, max_cache_length)  # type: ignore[attr-defined]
+            config, rows = text_config(self.config), batch_size * sequences  # type: ignore[attr-defined]
+            new_tokens = _new_tokens(generation_config, model_kwargs, max_cache_length)
+            length, bucket = length_to_size(self, config, rows, max_cache_length, new_tokens)
+            generation_config._bucket_of_call = bucket
         model_kwargs["past_key_values"] = _make_cache(
             self, generation_config, model_kwargs, batch_size, max_cache_length, sequences, length
         )
@@ -92,13 +95,14 @@ class PagedByDefault:
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         cache = vars(generation_config).pop("_cache_of_call", lambda: None)()
-        if cache is None or not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-            return criteria  # without such a criterion, rows that are finished go on with real tokens
-        return _TellingCriteria(criteria, cache)
+        bucket = vars(generation_config).pop("_bucket_of_call", None)
+        if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            cache = None  # without such a criterion, rows that are finished go on with real tokens
+        return criteria if cache is bucket is None else _TellingCriteria(criteria, cache, bucket)
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         valid = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
-        return valid and not gave_up(self)  # type: ignore[arg-type]
+        return valid and not gave_up(self) and not stays_eager(self, generation_config)  # type: ignore[arg-type]
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Return the compiled model, which falls back to the model itself."""
@@ -128,22 +132,33 @@ class PagedByDefault:
 
 
 class _TellingCriteria(StoppingCriteriaList):
-    """The stopping criteria of a call, which tell its cache which rows have finished; they are padded from then on."""
+    """The stopping criteria of a call, which count its steps for the compile policy and watch who has finished.
 
-    def __init__(self, criteria: Any, cache: PagedCache) -> None:
+    They tell the call's cache, if it is to know: finished rows are padded from then on.
+    """
+
+    def __init__(self, criteria: Any, cache: PagedCache | None, bucket: Bucket | None) -> None:
         super().__init__(criteria)
-        self.cache, self.calls = weakref.ref(cache), 0
+        self.cache: Any = _nothing if cache is None else weakref.ref(cache)
+        self.bucket, self.calls = bucket, 0
         self.finished: Any = None
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Return whether each row is finished, as transformers' list does."""
         done = super().__call__(input_ids, scores, **kwargs)
-        self.finished = done if self.finished is None else self.finished | done
-        self.calls += 1
+        if self.bucket is not None:
+            self.bucket.steps += 1
         cache = self.cache()
-        if cache is not None and (_host_knows(done) or self.calls % LOOK_EVERY == 0):
-            cache.state.finish(self.finished.tolist())
+        if cache is not None:
+            self.finished = done if self.finished is None else self.finished | done
+            self.calls += 1
+            if _host_knows(done) or self.calls % LOOK_EVERY == 0:
+                cache.state.finish(self.finished.tolist())
         return done
+
+
+def _nothing() -> None:
+    return None
 
 
 def _host_knows(tensor: Any) -> bool:
@@ -159,6 +174,15 @@ def _takes_paged_cache(model: Any, generation_config: Any, model_kwargs: dict[st
         return text_config(model.config)._attn_implementation == IMPLEMENTATION
     except ValueError:  # state other than keys and values
         return False
+
+
+def _new_tokens(generation_config: Any, model_kwargs: dict[str, Any], max_cache_length: int) -> int:
+    """Return how many tokens a call can add to each row at most."""
+    if generation_config.max_new_tokens is not None:
+        return generation_config.max_new_tokens
+    given = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))  # 5.23 drops a mask of ones
+    prompt_columns = next((x.shape[1] for x in given if x is not None and x.dim() == 2), 0)
+    return max_cache_length + 1 - prompt_columns
 
 
 def _make_cache(

@@ -46,6 +46,14 @@ def _refuse_export() -> None:
         )
 
 
+def _under_autocast(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's first states as they are stored: under autocast both in its dtype, which later ones follow."""
+    if not torch.is_autocast_enabled(k.device.type) or k.dtype == torch.float64:
+        return k, v
+    dtype = torch.get_autocast_dtype(k.device.type)
+    return k.to(dtype), v.to(dtype)
+
+
 class PagedLayer(CacheLayerMixin):
     """One layer of a :class:`PagedCache`: its part of the block pool."""
 
@@ -114,7 +122,11 @@ class PagedLayer(CacheLayerMixin):
         """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
         _refuse_export()
         if not self.is_initialized:
+            key_states, value_states = _under_autocast(key_states, value_states)
             self.lazy_initialization(key_states, value_states)
+        k_dtype, v_dtype = self.blocks.dtypes
+        if (key_states.dtype, value_states.dtype) != (k_dtype, v_dtype):
+            key_states, value_states = key_states.to(k_dtype), value_states.to(v_dtype)
         new = NewStates(self, key_states, value_states, self.cache)
         step = self.cache.state.step
         if (step is not None and step.handles and self.layer_idx > step.first_layer) or self.cache.uses_handles:
@@ -241,7 +253,7 @@ class PagedCache(Cache):
         """
         step = self.state.step
         if step is None or layer.layer_idx <= step.first_layer:
-            if torch.compiler.is_compiling() and mask is None and self.state.reserved:
+            if torch.compiler.is_dynamo_compiling() and mask is None and self.state.reserved:
                 step = self.state.begin_compiled(layer.layer_idx, new.k.shape[2])
             else:
                 step = self._begin(layer.layer_idx, new.k, mask)
@@ -253,7 +265,7 @@ class PagedCache(Cache):
         A compiled decode step writes by index_put_, which the compiler fuses with the rotary embedding before it.
         """
         k_cache, v_cache = layer.blocks.fetch(self.state, step)
-        if torch.compiler.is_compiling() and not step.lens and new.k.shape[2] == 1:
+        if torch.compiler.is_dynamo_compiling() and not step.lens and new.k.shape[2] == 1:
             for cache, states in zip((k_cache, v_cache), new.detached(), strict=True):
                 cache.index_put_(tables.slots(step), states[:, :, 0].to(cache.dtype))
             return k_cache, v_cache
@@ -375,7 +387,7 @@ class PagedCache(Cache):
 
     def columns(self) -> Any:
         """Return the columns of complete forward passes: an int, or a tensor inside a compiled graph."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return next(iter(self.state.devices.values())).columns
         self.state.sync()
         return self.state.columns
@@ -384,7 +396,7 @@ class PagedCache(Cache):
         """Return the columns before the new ones, without waiting for the device: a tensor after compiled steps."""
         if not self.paged_layers[layer_idx].is_initialized:
             return 0
-        if not torch.compiler.is_compiling() and self.state.behind:
+        if not torch.compiler.is_dynamo_compiling() and self.state.behind:
             return next(iter(self.state.devices.values())).columns
         return self.columns()
 
@@ -392,7 +404,7 @@ class PagedCache(Cache):
         """Return what a layer's get_mask_sizes does; also where compiled steps are kept inside the capacity."""
         if not self.uses_handles:
             return self.columns() + query_length, 0
-        if torch.compiler.is_compiling():  # no graph depends on max_length
+        if torch.compiler.is_dynamo_compiling():  # no graph depends on max_length
             return -1, 0
         state = self.state
         single = query_length == 1  # may be the first compiled step, which is not behind yet
@@ -588,7 +600,7 @@ class PagedCache(Cache):
             layer.is_initialized = layer.blocks.k_cache is not None
 
     def _begin(self, layer_idx: int, new: Tensor, mask: Tensor | None, *, mask_known: bool = True) -> Step:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self._begin_outside(layer_idx, new, mask, mask_known)
         try:
             return self.state.begin(layer_idx, new, mask, mask_known=mask_known)

@@ -143,6 +143,7 @@ class _Loop:
         self.limit = _limit(criteria)  # the host knows its verdict
         self.criteria = StoppingCriteriaList([c for c in criteria if c is not self.limit])
         self.told = criteria.cache() if hasattr(criteria, "cache") else None  # a list that tells the cache who finished
+        self.bucket = getattr(criteria, "bucket", None)  # and counts steps
         # Others may keep, view or edit the ids: for them each step makes new ones, as transformers' loop does.
         self.foreign = any(not type(x).__module__.startswith("transformers.") for x in (*processors, *self.criteria))
         self.ids = input_ids
@@ -224,6 +225,8 @@ class _Loop:
     def _end(self, notice: "_Notice") -> bool:
         """Apply the stopping criteria; return whether this is known to be the end."""
         full, longest = self.num_columns >= self.limit.max_length, self.limit.max_position_embeddings
+        if self.bucket is not None:
+            self.bucket.steps += 1
         if self.criteria:
             self.finished |= self.criteria(self._seen(), self.records["scores"]).bool()
         beyond = longest is not None and self.num_columns > longest
@@ -261,7 +264,8 @@ class _Step:
             self.mask[:, : mask.shape[1]] = mask
             self.columns = mask.shape[1]
         if positions is not None:
-            kwargs["position_ids"] = positions[:, -1:].clone()  # before the first step
+            # Before the first step. Contiguous: for other strides, of a single row too, steps are compiled anew.
+            kwargs["position_ids"] = positions[:, -1:].clone(memory_format=torch.contiguous_format)
         self.prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
         self.prepared["input_ids"] = token
         self.positions = self.prepared.get("position_ids")

@@ -67,6 +67,13 @@ class LayerBlocks:
         return allocate_blocks(like, shape)
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of keys and values, which are allocated."""
+        k_cache, v_cache = self.k_cache, self.v_cache
+        assert k_cache is not None and v_cache is not None
+        return k_cache.dtype, v_cache.dtype
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensors that there are."""
         return [tensor for tensor in (self.k_cache, self.v_cache) if tensor is not None]
@@ -219,7 +226,7 @@ class KVPool:
             for layer, name in done:  # what has moved goes back to its old place, at the beginning of the longer tensor
                 blocks = getattr(layer, name)
                 if ids is not None:  # else nothing was renumbered, and memory is full: there is none for a copy
-                    blocks[source] = blocks[target]
+                    blocks[source.to(blocks.device)] = blocks[target.to(blocks.device)]
                 setattr(layer, name, blocks[: self.ids.num_blocks])
                 torch._dynamo.mark_static_address(getattr(layer, name))
             raise

@@ -240,6 +240,12 @@ class OffloadedBlocks(LayerBlocks):
             raise MemoryError(f"{num_bytes} bytes for the blocks of a layer do not fit the host's memory") from error
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Dtypes of keys and values, without waiting for copies."""
+        k_cache, v_cache = self.host
+        return k_cache.dtype, v_cache.dtype
+
+    @property
     def resident(self) -> list[Tensor]:
         """The copies of all layers that there are."""
         return [t for slots in list(self.staging.slots.values()) for slot in slots for t in slot.caches]

@@ -205,7 +205,7 @@ class PagedState:
         if not self.step.lens:  # begun in a compiled graph
             self._advance_devices(self.step)
             self.step = None
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_dynamo_compiling():
             self._commit_outside()
         else:
             self._commit_planned()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compile_policy import compiling_at_once
 from .ops import MAX_DECODE_QUERY_LEN
 
 PROMPT = 24
@@ -61,8 +62,8 @@ def warmup(
         tqdm.write(f"warmup: nothing to compile on {model.device.type}, PyTorch's own kernels run there", sys.stderr)
         return 0
     jobs = [job for size in batch_sizes for job in _jobs(size, candidates)]
-    for name, rows in tqdm(jobs, desc="warmup", unit="call", disable=not progress):
-        with torch.no_grad():
+    with torch.no_grad(), compiling_at_once(model):  # few tokens, so that compiling would not pay otherwise
+        for name, rows in tqdm(jobs, desc="warmup", unit="call", disable=not progress):
             cache = _run(model, name, rows, max_length, disable_compile)
             if name == "candidates":
                 _check_candidates(model, cache, candidates)

@@ -1,5 +1,6 @@
 """The measurements measure: known times, wrong implementations found, every token counted once."""
 
+import copy
 import json
 import time
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from eval import common, memory, perplexity, report, throughput
+from eval import common, memory, perplexity, report, speculative, throughput
 from hf_fastattn.attention import fastattn_attention
 
 CPU = torch.device("cpu")
@@ -71,6 +72,81 @@ def test_a_failing_combination_is_a_row(models):
 
     rows = throughput.measure_cell(*models, ["sdpa/dynamic"], throughput.Cell(1, 8, 3), rounds=1, checker=fails)
     assert rows[0]["status"] == "failed: RuntimeError: no such kernel"
+
+
+def test_memory_that_runs_out_in_one_combination_is_a_row(models, monkeypatch):
+    """In the second timed call: the other combinations go on."""
+    native, calls = throughput.generate_once, []
+
+    def full(model, combo, *args):
+        calls.append(combo)
+        if combo == "sdpa/static" and calls.count(combo) == 4:
+            raise torch.OutOfMemoryError("full")
+        return native(model, combo, *args)
+
+    monkeypatch.setattr(throughput, "generate_once", full)
+    combos = ["sdpa/dynamic", "sdpa/static", "fastattn/paged"]
+    rows = throughput.measure_cell(*models, combos, throughput.Cell(1, 8, 3), rounds=3)
+    assert [row["status"] for row in rows] == ["ok", "failed: OutOfMemoryError: full", "ok"]
+    assert "decode_tokens_per_s" not in rows[1]
+    assert rows[0]["decode_tokens_per_s"] > 0 and rows[2]["decode_tokens_per_s"] > 0
+    assert [calls.count(combo) for combo in combos] == [5, 4, 5]
+
+
+def test_a_baseline_that_fails_leaves_speeds_without_a_comparison(models, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(throughput, "expected_tokens", full)
+    [row] = throughput.measure_cell(*models, ["fastattn/paged"], throughput.Cell(1, 8, 3), rounds=1)
+    assert row["status"] == "ok" and row["decode_tokens_per_s"] > 0
+    assert row["tokens"] == "not compared, the baseline failed: OutOfMemoryError: full"
+
+
+@pytest.mark.parametrize("combo", ["sdpa/static", "fastattn/paged", "fastattn/paged+compile"])
+def test_calls_of_a_combination_have_the_same_addresses(models, combo):
+    """Else each call of a compiled one would record its CUDA graphs anew."""
+    model, cell, caches, places = models[0], throughput.Cell(2, 20, 5), throughput.Caches(), []
+    inputs, tokens = throughput.make_inputs(model, cell), []
+    for _ in range(3):
+        tokens.append(throughput.generate_once(model, combo, cell, inputs, caches)["tokens"])
+        [cache] = caches.kept.values()
+        tensors = list(memory.cache_tensors(cache))
+        if combo != "sdpa/static":
+            tensors += [t for tables in cache.state.devices.values() for t in (tables.block_table, tables.seq_lens)]
+        places.append([t.data_ptr() for t in tensors])
+    assert places[0] == places[1] == places[2]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+
+
+def test_a_gpu_has_a_number(monkeypatch):
+    """torch.cuda.set_device takes no device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert common.pick_device(None) == common.pick_device("cuda") == torch.device("cuda", 1)
+    assert common.pick_device("cuda:0") == torch.device("cuda", 0)
+    assert common.pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(("dtype", "status"), [(torch.float32, "WRONG tokens"), (torch.bfloat16, "ok")])
+def test_tokens_are_judged_where_they_are_comparable(models, monkeypatch, dtype, status):
+    """Speculative decoding whose tokens differ is wrong in full precision; in 16 bits rounding may do that."""
+    model, prompts = copy.deepcopy(models[0]).to(dtype), [torch.full((1, 8), 5), torch.full((1, 8), 7)]
+    model.config.pad_token_id = model.config.eos_token_id = None
+    native = model.generate
+
+    def changed(ids, **kwargs):
+        out = native(ids, **kwargs)
+        if "prompt_lookup_num_tokens" in kwargs and ids[0, 0] == 7:
+            out[0, 11] = (out[0, 11] + 1) % 64
+        return out
+
+    monkeypatch.setattr(model, "generate", changed)
+    rows = speculative.measure(model, prompts, [2], 6, 1)
+    found = {(row["attention"], row["decoding"]): row for row in rows}
+    assert found["sdpa", "plain"]["status"] == "ok" and found["sdpa", "plain"]["first_difference"] is None
+    assert found["sdpa", "prompt lookup, 2"]["status"] == status
+    assert found["sdpa", "prompt lookup, 2"]["first_difference"] <= 3
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fastattn
 from hf_fastattn import attention, cache, leases, ops
+from hf_fastattn import compile_policy as policy
 
 module = importlib.import_module("hf_fastattn.warmup")
 
@@ -83,6 +84,17 @@ def test_generation_config_and_random_state_are_left_alone(model, launches):
     module.warmup(model, max_length=128, progress=False)
     assert model.generation_config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_compiling_is_not_left_for_later(model, launches, monkeypatch):
+    """However few tokens warmup asks for: the second call of a size compiles."""
+    at_once, native = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *args, **kwargs: at_once.append(model in policy._at_once) or native(*args, **kwargs)
+    )
+    module.warmup(model, max_length=128, progress=False)
+    assert at_once and all(at_once)
+    assert model not in policy._at_once
 
 
 def test_nothing_to_compile_on_a_cpu(model, capsys):

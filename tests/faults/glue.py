@@ -2,6 +2,7 @@
 
 from .faults import Fault
 
+POOL = "hf_fastattn/kv_pool.py"
 ATTENTION = "hf_fastattn/attention.py"
 MASKS = "hf_fastattn/masks.py"
 CACHE = "hf_fastattn/cache.py"
@@ -49,8 +50,8 @@ GLUE_FAULTS = [
     Fault(
         "padding hidden from the first prefill only in the blocks",
         ATTENTION,
-        "key_mask=key_mask, **options.prefill())\n        else:\n            out = _attend_blocks",
-        "key_mask=None, **options.prefill())\n        else:\n            out = _attend_blocks",
+        "key_mask=key_mask, **options.prefill())\n            else:\n                out = _attend_blocks",
+        "key_mask=None, **options.prefill())\n            else:\n                out = _attend_blocks",
         (f"{GENERATE}[llama-left_padded]",),
     ),
     Fault(
@@ -145,7 +146,7 @@ GLUE_FAULTS = [
     ),
     Fault(
         "changed mask not noticed",
-        STATE,
+        "hf_fastattn/columns.py",
         "not torch.equal(before, old)",
         "False",
         ("tests/transformers/test_masks.py::test_mask_that_hides_a_cached_column_raises",),
@@ -286,7 +287,7 @@ GLUE_FAULTS = [
     Fault(
         "host never learns of compiled steps",
         STATE,
-        "self.columns = int(tables.columns)",
+        "self.padding.count = int(tables.columns)",
         "pass",
         ("tests/transformers/test_compiled.py::test_chat_goes_on_over_compiled_steps",),
     ),
@@ -317,5 +318,54 @@ GLUE_FAULTS = [
         "AttentionInterface.register(",
         "sum(i * i for i in range(20_000_000))\nAttentionInterface.register(",
         ("tests/transformers/test_import.py::test_import_is_quick",),
+    ),
+    Fault(
+        "pool that is short of memory asks for too much",
+        POOL,
+        "in dict.fromkeys((total + max(lacking, total // 2), total + lacking)):",
+        "in (total + max(lacking, total // 2),):",
+        ("tests/test_kv_pool.py::test_growth_is_as_small_as_needed_if_memory_is_short",),
+    ),
+    Fault(
+        "pool that cannot grow says nothing",
+        POOL,
+        "                if num_blocks == total + lacking:\n                    raise\n",
+        "                continue\n",
+        ("tests/test_kv_pool.py::test_no_room_even_for_what_is_needed",),
+    ),
+    Fault(
+        "going back allocates when memory is full",
+        POOL,
+        "if ids is not None:  # else",
+        "if True:  # else",
+        ("tests/test_kv_pool.py::test_going_back_allocates_nothing_where_blocks_keep_their_numbers",),
+    ),
+    Fault(
+        "autocast leaves attention in two dtypes",
+        ATTENTION,
+        "query, key, value = query.to(wanted), key.to(wanted), value.to(wanted)",
+        "pass",
+        ("tests/transformers/test_autocast.py::test_ops_run_in_autocasts_dtype",),
+    ),
+    Fault(
+        "autocast leaves what is stored in two dtypes",
+        CACHE,
+        "    return k.to(dtype), v.to(dtype)\n",
+        "    return k, v\n",
+        ("tests/transformers/test_autocast.py::test_ops_run_in_autocasts_dtype",),
+    ),
+    Fault(
+        "what is stored changes its dtype",
+        CACHE,
+        "            key_states, value_states = key_states.to(k_dtype), value_states.to(v_dtype)\n",
+        "            pass\n",
+        ("tests/transformers/test_autocast.py::test_the_first_step_decides_what_is_stored",),
+    ),
+    Fault(
+        "autocast of float64",
+        ATTENTION,
+        " and wanted != torch.float64\n",
+        "\n",
+        ("tests/transformers/test_autocast.py::test_float64_is_left_alone",),
     ),
 ]

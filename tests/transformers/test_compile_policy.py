@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from models import build, check_logits, generate, in_float64, left_padded, prompt, run_eager
+from models import NEW_TOKENS, build, check_logits, generate, in_float64, left_padded, paged, prompt, run_eager
 from test_compiled import Graphs, _compiled
 
 import hf_fastattn
@@ -18,6 +20,27 @@ OURS = {"custom_generate": hf_fastattn.generate}
 @pytest.fixture
 def model():
     return hf_fastattn.paged(build("llama", "fastattn"))
+
+
+@pytest.fixture(autouse=True)
+def any_call_pays(monkeypatch):
+    """Compile from the second call on, however short; tests of the threshold set their own."""
+    monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", 1)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Treat a CPU like a GPU, whose compiled steps become CUDA graphs."""
+    monkeypatch.setattr(compile_policy, "_captures", lambda device: True)
+
+
+def in_thread(action):
+    """Run an action in a thread of its own; return what it returned."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(action()))
+    thread.start()
+    thread.join()
+    return results[0]
 
 
 def where(cache):
@@ -48,6 +71,88 @@ def test_second_call_of_a_bucket_is_compiled_at_the_same_addresses(model, how):
             places.append(where(cache))
         del out, cache
     assert all(place == places[0] for place in places)
+
+
+def test_one_graph_at_batch_one(model):
+    """A row of positions that keeps the prompt's stride would bring a graph per prompt length."""
+    graphs, exact, eager = Graphs(), in_float64(build("llama")), build("llama")
+    for length in (9, 9, 14, 30):
+        inputs = left_padded(prompt(1, length, seed=length))
+        out = generate(model, **inputs, **_compiled(graphs), **OURS)
+        wanted, wide = generate(eager, **inputs), generate(exact, **inputs)
+        check_logits(*(torch.stack(result.logits) for result in (out, wanted, wide)))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+def test_few_steps_do_not_pay(model, how, monkeypatch):
+    """Steps that were run and those that a call may bring count together; what is compiled is used from then on."""
+    monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", 40)
+    graphs = Graphs()
+
+    def sized(**options):
+        out = generate(model, input_ids=prompt(), **options, **_compiled(graphs), **how)
+        return out.past_key_values.is_compileable
+
+    assert [sized() for _ in range(4)] == [False, False, False, True]  # 12 steps each: 36 + 12 are enough
+    assert sized(max_new_tokens=2)
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+def test_steps_that_were_not_run_do_not_count(model, how, monkeypatch):
+    monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", 40)
+    tokens = generate(model, input_ids=prompt(1)).sequences[0, 14:].tolist()
+    steps = next(i + 1 for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
+
+    def sized(new_tokens):
+        end = {"eos_token_id": tokens[steps - 1], "max_new_tokens": new_tokens}
+        out = generate(model, input_ids=prompt(1), **end, **_compiled(Graphs()), **how)
+        assert out.sequences.shape[1] == 14 + steps
+        return out.past_key_values.is_compileable
+
+    assert not sized(200)  # the first call of a bucket, however long
+    assert not sized(39 - steps)
+    assert sized(40 - 2 * steps)
+    assert 4 * steps < 40
+    assert sized(steps)  # as much too short as the second call, but now everything is compiled
+
+
+@pytest.mark.parametrize("longer", [{"max_new_tokens": 80}, {"max_new_tokens": None, "max_length": 14 + 80}])
+def test_a_long_call_pays_at_once(model, longer, monkeypatch):
+    """Whichever way says how long it may become: 12 + 80 steps are too few for 93 and enough for 92."""
+    for threshold in (93, 92):
+        monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", threshold)
+        compile_policy._seen.pop(model, None)
+        for options, expected in (({}, False), (longer, threshold == 92)):
+            out = generate(model, **left_padded(prompt()), **options, **_compiled(Graphs()))
+            assert out.past_key_values.is_compileable == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: _Wrapper(model)], ids=["model", "peft"])
+def test_many_calls_that_are_expected(model, wrap, monkeypatch):
+    """Who warms up a model asks for few tokens; what is compiled then is used later."""
+    monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", 10_000)
+
+    def sized():
+        return generate(model, input_ids=prompt(), **_compiled(Graphs())).past_key_values.is_compileable
+
+    assert [sized(), sized()] == [False, False]
+    with compile_policy.compiling_at_once(wrap(model)):
+        assert sized()
+        assert not generate(model, input_ids=prompt(1), **_compiled(Graphs())).past_key_values.is_compileable
+    assert sized()
+    generate(model, input_ids=prompt(1))
+    assert not generate(model, input_ids=prompt(1), **_compiled(Graphs())).past_key_values.is_compileable
+
+
+class _Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def get_base_model(self):
+        return self.inner
 
 
 def test_bucket_is_rows_length_and_dtype(model):
@@ -162,6 +267,142 @@ def test_offloaded_model_is_not_sized(model):
     model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
     for _ in range(2):
         assert not generate(model, input_ids=prompt(), **_compiled(Graphs())).past_key_values.is_compileable
+
+
+def test_a_model_on_several_devices_is_not_compiled(model):
+    """accelerate's hooks break the graph in every layer."""
+    graphs = Graphs()
+    for devices in ({"": 0}, {"model": 0, "lm_head": 1}):
+        model.hf_device_map = devices
+        sized = [
+            generate(model, input_ids=prompt(), **_compiled(graphs)).past_key_values.is_compileable for _ in range(2)
+        ]
+        generate(model, paged(model, max_length=64), input_ids=prompt(), **_compiled(graphs))
+        assert sized == ([False, True] if len(devices) == 1 else [False, False])
+        assert graphs.count == 2
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_states_that_are_returned_are_not_compiled(model, how, name):
+    """Both loops keep a step's tensors as they are, and the next replay of a captured graph writes over them."""
+    graphs = Graphs()
+    for _ in range(2):
+        out = generate(model, input_ids=prompt(), **{name: True}, **_compiled(graphs), **how)
+        assert not out.past_key_values.is_compileable
+    generate(model, paged(model, max_length=64), input_ids=prompt(), **{name: True}, **_compiled(graphs), **how)
+    assert graphs.count == 0
+    options = {name: True, "return_dict_in_generate": False, "output_logits": False}
+    generate(model, paged(model, max_length=64), input_ids=prompt(), **options, **_compiled(graphs), **how)
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+def test_other_threads_do_not_compile(model, how, captures):
+    """Captured graphs live in the main thread; caches of both kinds work in every thread."""
+    graphs = Graphs()
+    wanted = generate(build("llama"), input_ids=prompt()).sequences
+
+    def call(cache=None):
+        out = generate(model, cache, input_ids=prompt(), **_compiled(graphs), **how)
+        assert torch.equal(out.sequences, wanted)
+        return out.past_key_values
+
+    for _ in range(2):
+        assert not in_thread(call).is_compileable
+    cache = in_thread(lambda: call(paged(model, max_length=64)))
+    assert cache.get_seq_length() == 14 + NEW_TOKENS - 1
+    assert graphs.count == 0
+    assert [call().is_compileable for _ in range(2)] == [False, True]
+    assert graphs.count == 1
+    assert not in_thread(call).is_compileable
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+def test_without_cuda_graphs_every_thread_compiles(model, how):
+    graphs = Graphs()
+    for expected in (False, True):
+        out = in_thread(lambda: generate(model, input_ids=prompt(), **_compiled(graphs), **how))
+        assert out.past_key_values.is_compileable == expected
+    assert graphs.count == 1
+
+
+def test_two_threads_at_once_on_one_model(model, captures):
+    """One compiles its steps while the other runs its own in eager mode."""
+    wanted, calls, errors, done = generate(build("llama"), input_ids=prompt()).sequences, [], [], threading.Event()
+
+    def other():
+        try:
+            while not done.is_set() or not calls:
+                calls.append(generate(model, input_ids=prompt(), **_compiled(Graphs())).past_key_values.is_compileable)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        results = [generate(model, input_ids=prompt(), **_compiled(Graphs())) for _ in range(3)]
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+    assert not any(calls)
+    assert any(out.past_key_values.is_compileable for out in results)
+    assert all(torch.equal(out.sequences, wanted) for out in results)
+
+
+def test_no_storage_for_graphs_is_a_failure_to_compile(model):
+    """The error of torch 2.11 in a thread that has none; assertions of anybody else stay errors."""
+
+    def raising(module):
+        names = {"__name__": module}
+        exec("def call(*args, **kwargs):\n    assert not args, 'no storage'", names)
+        return compile_policy.forgiving(model, names["call"])
+
+    with pytest.raises(AssertionError, match="no storage"), torch.no_grad():
+        raising("somewhere.else")(prompt())
+    with pytest.warns(RuntimeWarning, match=r"could not be compiled \(AssertionError: no storage\)"), torch.no_grad():
+        out = raising("torch._inductor.cudagraph_trees")(prompt())
+    assert out.logits.shape[:2] == prompt().shape
+    assert compile_policy.gave_up(model)
+
+
+def test_shapes_that_kernels_refuse_are_not_compiled(captures):
+    """PyTorch's operations would wait for the GPU in the middle of a capture."""
+    for head_dim, expected in ((256, True), (272, False)):
+        graphs, model = Graphs(), hf_fastattn.paged(build("qwen3", "fastattn", head_dim=head_dim))
+        sized = [
+            generate(model, input_ids=prompt(), **_compiled(graphs)).past_key_values.is_compileable for _ in range(2)
+        ]
+        assert sized == [False, expected]
+        generate(model, paged(model, max_length=96), input_ids=prompt(), **_compiled(graphs))
+        assert graphs.count == 2 * expected
+    model = hf_fastattn.paged(build("llama", "fastattn")).double()
+    for _ in range(2):
+        assert not generate(model, input_ids=prompt(), **_compiled(Graphs())).past_key_values.is_compileable
+
+
+def test_what_kernels_serve(monkeypatch):
+    def serves(dtype=torch.bfloat16, **sizes):
+        text = SimpleNamespace(**({"hidden_size": 512, "num_attention_heads": 4} | sizes))
+        return compile_policy.kernels_serve(
+            SimpleNamespace(dtype=dtype, config=SimpleNamespace(get_text_config=lambda decoder: text))
+        )
+
+    assert serves()
+    assert serves(head_dim=256, v_head_dim=128, global_head_dim=None)
+    assert serves(head_dim=64, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    for sizes in (
+        {"head_dim": 512},
+        {"hidden_size": 2048},
+        {"head_dim": 256, "global_head_dim": 512},
+        {"head_dim": 128, "v_head_dim": 512},
+        {"head_dim": 64, "qk_nope_head_dim": 256, "qk_rope_head_dim": 64},
+        {"dtype": torch.float64},
+    ):
+        assert not serves(**sizes), sizes
+    monkeypatch.setattr(compile_policy, "has_triton", lambda: False)
+    assert not serves()
 
 
 def test_tables_are_kept_for_the_next_cache_only(model):
