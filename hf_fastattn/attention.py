@@ -114,6 +114,8 @@ def _paged_attention(
         cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
         if step.runs is not None:
             k, v = cache.extend(layer, new, step, step.runs)
+            if step.fresh:  # nothing lies before: attend to the states themselves, which are warm
+                k, v = new.k, new.v
             out = _attend_dense(query, k, v, None, options)
         else:
             k_cache, v_cache = cache.store(layer, new, step, tables)

@@ -25,12 +25,13 @@ from .ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM
 LEAST_BUCKET = 256
 """Columns of the shortest bucket."""
 
-BREAK_EVEN_STEPS = 512
+BREAK_EVEN_STEPS = 250
 """Decode steps of a bucket from which on compiling is expected to pay.
 
 Break-even is the seconds that compiling takes over the seconds that a compiled step saves: 20 s (tracing and generating
 code for 32 layers on a slow host) over 20 ms (eager steps are bound by the host) are 1000 steps. Both are estimates, to
-be measured on a GPU. Half of that, because a bucket that came twice is likely to come again.
+be measured on a GPU. A quarter of that, because a bucket that came twice is likely to come again: the second of two
+calls of 128 new tokens is compiled; calls of a few tokens are when they have added up.
 """
 
 _seen: weakref.WeakKeyDictionary[nn.Module, dict[Any, "Bucket"]] = weakref.WeakKeyDictionary()

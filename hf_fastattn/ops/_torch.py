@@ -17,8 +17,8 @@ from ._views import even_runs, is_flat, read_blocks, view_runs
 QUERY_TILE = 1024
 """Queries attended at once where a mask is needed: bounds the memory of the mask."""
 
-STREAMED_KEYS = 2**18
-"""Elements of K from which they are taken to come from memory, not from a processor's cache."""
+STREAMED_KEYS = 2**19
+"""Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache."""
 
 
 def attend_paged(
@@ -111,7 +111,7 @@ def attend_dense(
         key_mask = None if key_mask is None else key_mask[:, -window:]
     plain = key_mask is None and softcap == 0.0 and sinks is None
     if plain and query_len == 1:
-        streams = k.numel() > STREAMED_KEYS and q.dtype == torch.float32
+        streams = k.numel() >= STREAMED_KEYS * num_seqs and q.dtype == torch.float32
         return (_stream_one_query if streams else _sdpa)(q, k, v, softmax_scale)
     if plain and not causal:
         return _sdpa(q, k, v, softmax_scale)
@@ -134,8 +134,7 @@ def _stream_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> 
     num_kv_heads = k.shape[1]
     q = (q * softmax_scale).view(num_seqs, num_kv_heads, -1, head_dim)
     out = q.new_empty(num_seqs, num_kv_heads, q.shape[2], v.shape[3])
-    outer = 0 if num_seqs <= num_kv_heads else 1  # bmm takes one batch dimension: go through the smaller one
-    for q_i, k_i, v_i, out_i in zip(*(x.unbind(outer) for x in (q, k, v, out)), strict=True):
+    for q_i, k_i, v_i, out_i in zip(q, k, v, out, strict=True):
         scores = torch.bmm(k_i, q_i.transpose(1, 2)).transpose(1, 2).contiguous()
         torch.bmm(scores.softmax(-1), v_i, out=out_i)
     return out.view(num_seqs, 1, num_heads, v.shape[3])

@@ -28,13 +28,15 @@ def check_attention(
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"expected 4-dimensional q, k and v, got {q.dim()}, {k.dim()} and {v.dim()} dimensions")
     paged = block_table is not None
-    num_heads, num_kv_heads = q.shape[1], k.shape[2] if paged else k.shape[1]
-    if k.shape[:3] != v.shape[:3]:
+    num_seqs, num_heads, _, head_dim = q.shape
+    k_rows, k_1, k_2, k_dim = k.shape
+    num_kv_heads = k_2 if paged else k_1
+    if (k_rows, k_1, k_2) != v.shape[:3]:
         raise ValueError(f"k and v must agree in all but the head size, got {tuple(k.shape)} and {tuple(v.shape)}")
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key/value heads")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head size {q.shape[3]}, k has {k.shape[3]}")
+    if head_dim != k_dim:
+        raise ValueError(f"q has head size {head_dim}, k has {k_dim}")
     if sinks is not None and tuple(sinks.shape) != (num_heads,):
         raise ValueError(f"sinks must have shape ({num_heads},), got {tuple(sinks.shape)}")
     if paged != (seq_lens is not None):
@@ -47,8 +49,8 @@ def check_attention(
             )
         if block_table.dtype != torch.int32 or seq_lens.dtype != torch.int32:
             raise TypeError(f"block_table and seq_lens must be int32, got {block_table.dtype} and {seq_lens.dtype}")
-    elif k.shape[0] != q.shape[0]:
-        raise ValueError(f"q has batch size {q.shape[0]}, k has {k.shape[0]}")
+    elif k_rows != num_seqs:
+        raise ValueError(f"q has batch size {num_seqs}, k has {k_rows}")
     if key_mask is not None:
         keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
         if key_mask.dim() != 2 or key_mask.shape[0] != q.shape[0] or (block_table is None and key_mask.shape[1] < keys):
