@@ -32,7 +32,7 @@ class CacheCounter:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
         if cache is not None and cache.get_seq_length() == 0:
             self.counts[type(cache)] += 1
 

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
 from .compile_policy import Bucket, forgiving, gave_up, length_to_size, stays_eager
-from .generate import generate
+from .generate import CACHE_NAME, generate
 from .leases import lease
 from .model_config import text_config
 
@@ -69,7 +69,7 @@ class PagedByDefault:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if isinstance(given, PagedCache) and max_cache_length > (given.state.max_length or max_cache_length):
             given.state.stretch()  # if it was an earlier call that sized it
         if not _takes_paged_cache(self, generation_config, model_kwargs):
@@ -78,18 +78,18 @@ class PagedByDefault:
             )
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         steps = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # others never take a compiled step
-        probe = {"past_key_values": SimpleNamespace(is_compileable=True)}
+        probe = {CACHE_NAME: SimpleNamespace(is_compileable=True)}
         length = None
         if steps and max_cache_length > 0 and self._valid_auto_compile_criteria(probe, generation_config):
             config, rows = text_config(self.config), batch_size * sequences  # type: ignore[attr-defined]
             new_tokens = _new_tokens(generation_config, model_kwargs, max_cache_length)
             length, bucket = length_to_size(self, config, rows, max_cache_length, new_tokens)
             generation_config._bucket_of_call = bucket
-        model_kwargs["past_key_values"] = _make_cache(
+        model_kwargs[CACHE_NAME] = _make_cache(
             self, generation_config, model_kwargs, batch_size, max_cache_length, sequences, length
         )
         if steps and not generation_config.return_dict_in_generate:  # nobody sees the logits of finished rows
-            generation_config._cache_of_call = weakref.ref(model_kwargs["past_key_values"])
+            generation_config._cache_of_call = weakref.ref(model_kwargs[CACHE_NAME])
         return None
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ def _host_knows(tensor: Any) -> bool:
 
 def _takes_paged_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Return whether a call leaves the choice of its cache to us, and the model can use ours."""
-    chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+    chosen = model_kwargs.get(CACHE_NAME) is not None or generation_config.cache_implementation is not None
     if chosen or generation_config.use_cache is False or not model._supports_default_dynamic_cache():
         return False
     try:

@@ -8,6 +8,7 @@ logits processors, stopping criteria, streamers and random numbers never see it.
 it tells a cache that nobody else sees, which frees their blocks: never early, on a GPU one pass late.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ from transformers.generation import (
 from .block_pool import BlockPoolExhausted
 from .cache import PagedCache
 
+CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
+"""What transformers calls a cache among a model's arguments and outputs: renamed in 5.24."""
+
 SAMPLING = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
@@ -34,7 +38,7 @@ MIN_CHUNK = 256
 ROOM = 1024
 """Columns behind the prompt that ids get room for at first: a limit may be far beyond what is ever generated."""
 
-CUTTABLE = ("past_key_values", "attention_mask", "position_ids", "logits_to_keep")
+CUTTABLE = (CACHE_NAME, "attention_mask", "position_ids", "logits_to_keep")
 """Arguments other than plain values with which a prompt's forward pass can be cut into pieces."""
 
 NATIVE = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
@@ -102,7 +106,7 @@ def _does(model: Any, stopping_criteria: StoppingCriteriaList, generation_config
     """Return whether the loop below does a call exactly as transformers' loop would."""
     if any(getattr(getattr(model, name), "__func__", None) is not getattr(GenerationMixin, name) for name in NATIVE):
         return False
-    cache, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    cache, mask, positions = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "position_ids"))
     if cache is not None and not _is_paged(cache) and cache.is_compileable:
         return False  # the masks of a static cache change their content with every step
     return not (
@@ -161,11 +165,11 @@ class _Loop:
 
     def run(self, model_kwargs: dict[str, Any]) -> Any:
         """Generate until everything is finished; return what transformers' loop returns."""
-        model, cache = self.model, model_kwargs.get("past_key_values")
+        model, cache = self.model, model_kwargs.get(CACHE_NAME)
         compiled = model._valid_auto_compile_criteria(model_kwargs, self.config)
         forward = model.get_compiled_call(self.config.compile_config) if compiled else model.__call__
         outputs = _prefill(model, self.ids, self.config, model_kwargs)
-        cache = outputs.get("past_key_values", cache)
+        cache = outputs.get(CACHE_NAME, cache)
         deferred = _defers(self.token.device, cache)
         notice = _Notice(self.finished, self.token, self.streamer, self.told, deferred=deferred)
         step: _Step | None = None
@@ -193,7 +197,7 @@ class _Loop:
         sequences: Any = self._seen() if self.foreign else self._seen().clone(memory_format=torch.contiguous_format)
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache, **self.records)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: cache}, **self.records)
 
     def _choose(self, outputs: Any) -> None:
         """Choose the next token of every row, and append it to the ids."""
@@ -246,7 +250,7 @@ class _Loop:
 
 
 def _cached(cache: Any) -> dict[str, Any]:
-    return {} if cache is None else {"past_key_values": cache}
+    return {} if cache is None else {CACHE_NAME: cache}
 
 
 class _Step:
@@ -254,7 +258,7 @@ class _Step:
 
     def __init__(self, model: Any, ids: Tensor, token: Tensor, model_kwargs: dict[str, Any]) -> None:
         kwargs = dict(model_kwargs)
-        cache, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+        cache, mask, positions = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "position_ids"))
         self.cache = cache if _is_paged(cache) else None
         self.mask: Tensor | None = None
         if self.cache is not None:
@@ -352,7 +356,7 @@ def _defers(device: torch.device, cache: Any) -> bool:
 
 def _prefill(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
     """Run the prompt; if it runs out of memory over an empty PagedCache, in halves, quarters and so on."""
-    cache, width = model_kwargs.get("past_key_values"), ids.shape[1]
+    cache, width = model_kwargs.get(CACHE_NAME), ids.shape[1]
     whole = cache is None or cache.get_seq_length() or config.output_hidden_states or config.output_attentions
     others = (value for name, value in model_kwargs.items() if name not in CUTTABLE)
     whole = whole or any(not isinstance(value, (bool, int, float, str, type(None))) for value in others)

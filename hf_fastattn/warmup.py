@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .compile_policy import compiling_at_once
+from .generate import CACHE_NAME
 from .ops import MAX_DECODE_QUERY_LEN
 
 PROMPT = 24
@@ -84,7 +85,7 @@ def _jobs(rows: int, candidates: int) -> Iterator[tuple[str, int]]:
 def _check_candidates(model: Any, cache: Any, candidates: int) -> None:
     """Run every number of queries with which proposals are checked."""
     for queries in range(2, candidates + 2):
-        model(torch.ones(1, queries, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+        model(torch.ones(1, queries, dtype=torch.long, device=model.device), use_cache=True, **{CACHE_NAME: cache})
         cache.crop(-queries)
 
 
@@ -104,7 +105,7 @@ def _run(model: Any, name: str, rows: int, max_length: int, disable_compile: boo
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             max_length=max_length,
             stopping_criteria=[_after(columns + NEW_TOKENS)],
             do_sample=False,

@@ -7,6 +7,7 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 import hf_fastattn
 from hf_fastattn import auto
 from hf_fastattn.cache import BLOCK_SIZE
+from hf_fastattn.generate import CACHE_NAME
 from tests.test_cache_machine import check_state
 from tests.tiny import assert_logits, left_padding, make_pair, tokens
 
@@ -46,10 +47,10 @@ def generate(model, ids, mask=None, ends=ENDS, **given):
     processor, held = EndAt(ends), []
 
     def look(_module, _args, kwargs, _out):
-        if isinstance(kwargs["past_key_values"], hf_fastattn.PagedCache):
-            state = kwargs["past_key_values"].state
+        if isinstance(kwargs[CACHE_NAME], hf_fastattn.PagedCache):
+            state = kwargs[CACHE_NAME].state
             if not state.sharing:  # a prompt's last block belongs to several until they part
-                check_state(kwargs["past_key_values"])
+                check_state(kwargs[CACHE_NAME])
             held.append((list(state.tables.lens), state.pool.num_used))
 
     hook = model.register_forward_hook(look, with_kwargs=True)

@@ -119,6 +119,15 @@ def test_holes_keep_their_columns_under_a_sliding_window(mistral, sizes):
     assert cache.state.tables.lens == [36, 40, 40]  # only what comes before a row's first token is left out
 
 
+def test_hidden_keys_stay_hidden_behind_sequences_of_one_length(mistral, sizes):
+    """All columns are stored, so the sequences could be viewed as one tensor; but not all of them may be seen."""
+    ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, 9], mask[1, 12] = 0, 0
+    cache = mistral.cache(**sizes)
+    assert_logits(feed(mistral.fast, ids, cache, mask, [15, 1, 1, 3]), eager(mistral, ids, mask), mask)
+    assert cache.state.tables.lens == [20, 20]
+
+
 def test_layers_see_each_others_blocks_but_not_each_others_keys(llama):
     cache = llama.cache()
     llama.fast(tokens(1, 20), past_key_values=cache)

@@ -62,7 +62,7 @@ AUTO_FAULTS = [
     Fault(
         "a cache that is passed is replaced",
         AUTO,
-        'model_kwargs.get("past_key_values") is not None or generation_config',
+        "model_kwargs.get(CACHE_NAME) is not None or generation_config",
         "generation_config",
         (f"{TEST_LEASES}a_cache_that_is_passed_wins",),
     ),

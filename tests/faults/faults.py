@@ -191,11 +191,6 @@ FAULTS = [
     *_in(
         "cache.py",
         CACHE,
-        (
-            "freed blocks are counted in a view",
-            "tokens = step.lens[0] - freed * self.state.block_size",
-            "tokens = step.lens[0]",
-        ),
         ("new keys overwrite the oldest", "k.narrow(2, tokens - query_len, query_len)", "k.narrow(2, 0, query_len)"),
     ),
     *_in(

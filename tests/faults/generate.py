@@ -184,8 +184,8 @@ GENERATE_FAULTS = [
     Fault(
         "every cache is told who has finished",
         GENERATE,
-        'outputs.get("past_key_values", cache)\n',
-        'outputs.get("past_key_values", cache)\n        self.told = cache\n',
+        "outputs.get(CACHE_NAME, cache)\n",
+        "outputs.get(CACHE_NAME, cache)\n        self.told = cache\n",
         _test(FINISHED_TESTS, "test_nothing_rests_where_somebody_may_look"),
     ),
     Fault(

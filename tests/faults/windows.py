@@ -70,6 +70,15 @@ WINDOW_FAULTS = [
         ("finished rows keep their blocks", "            self.tables.empty(newly)\n", "            pass\n"),
     ),
     *_in(
+        CACHE,
+        (WINDOWS,),
+        (
+            "freed blocks are counted in a view",
+            "tokens = step.lens[0] - freed * self.state.block_size",
+            "tokens = step.lens[0]",
+        ),
+    ),
+    *_in(
         "hf_fastattn/columns.py",
         (FINISHED,),
         ("finished rows go on growing", "        self.finished = list(finished)\n", "        self.finished = None\n"),

@@ -7,11 +7,13 @@ enough that one key in a few takes most of the weight; test_families.py measures
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_fastattn import PagedCache
+from hf_fastattn.generate import CACHE_NAME
 
 VOCAB = 64
 WINDOW = 6
@@ -319,3 +322,13 @@ def under(model: Any, implementation: str = "fastattn") -> Iterator[Any]:
         yield model
     finally:
         model.set_attn_implementation(before)
+
+
+def peft_with_prompts() -> Any:
+    """Return PEFT; skip where its prompts are lost, which it looks for under the name that caches had before 5.24."""
+    peft = pytest.importorskip("peft")
+    if f'"{CACHE_NAME}"' not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
+        pytest.skip(
+            f"PEFT {peft.__version__} does not know that transformers {transformers.__version__} renamed caches"
+        )
+    return peft

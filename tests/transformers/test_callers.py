@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import SCENARIOS, build, expected, generate, left_padded, prompt, run_eager
+from models import SCENARIOS, build, expected, generate, left_padded, peft_with_prompts, prompt, run_eager
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 import hf_fastattn
 from hf_fastattn import PagedCache, auto
+from hf_fastattn.generate import CACHE_NAME
 
 TINY_LLAMA = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 
@@ -17,9 +18,7 @@ TINY_LLAMA = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 def watch(model):
     """Return the set of cache types that a model's forward passes will get."""
     types = set()
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: types.add(type(kwargs["past_key_values"])), with_kwargs=True
-    )
+    model.register_forward_pre_hook(lambda _, args, kwargs: types.add(type(kwargs[CACHE_NAME])), with_kwargs=True)
     return types
 
 
@@ -78,7 +77,7 @@ ADAPTERS = {  # what PEFT injects as keys and values is a DynamicCache in place 
 @pytest.mark.parametrize("wrap_first", [True, False])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_peft_around_a_paged_model(adapter, wrap_first):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft") if adapter == "LoraConfig" else peft_with_prompts()
     settings, kind = ADAPTERS[adapter]
 
     def wrapped(model):

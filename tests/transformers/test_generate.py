@@ -6,7 +6,19 @@ import queue
 
 import pytest
 import torch
-from models import NEW_TOKENS, SCENARIOS, VOCAB, build, expected, generate, left_padded, paged, prompt, under
+from models import (
+    NEW_TOKENS,
+    SCENARIOS,
+    VOCAB,
+    build,
+    expected,
+    generate,
+    left_padded,
+    paged,
+    peft_with_prompts,
+    prompt,
+    under,
+)
 from transformers import (
     DynamicCache,
     EosTokenCriteria,
@@ -530,7 +542,7 @@ def test_methods_replaced_on_the_object_are_heeded(llama, runs, monkeypatch):
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_prefix_tuning(runs):
-    peft = pytest.importorskip("peft")
+    peft = peft_with_prompts()
     model = hf_fastattn.paged(build("llama", "fastattn"))
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(model, config).eval()

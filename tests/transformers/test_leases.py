@@ -12,6 +12,7 @@ from transformers import DynamicCache, LogitsProcessor, MambaConfig, StaticCache
 import hf_fastattn
 from hf_fastattn import PagedCache, auto, leases, paged_state, release
 from hf_fastattn.block_pool import BlockPoolExhausted
+from hf_fastattn.generate import CACHE_NAME
 
 LAYERS = 3
 
@@ -192,7 +193,7 @@ def test_chat_over_the_returned_cache(model):
 def test_many_calls_of_any_shape_leave_one_pool_and_no_cache(model):
     ways = [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"prefill_chunk_size": 4}]
     caches = weakref.WeakSet()
-    model.register_forward_pre_hook(lambda _, args, kwargs: caches.add(kwargs["past_key_values"]), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: caches.add(kwargs[CACHE_NAME]), with_kwargs=True)
     gc.disable()
     try:
         for i in range(24):
