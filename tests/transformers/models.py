@@ -328,7 +328,5 @@ def peft_with_prompts() -> Any:
     """Return PEFT; skip where its prompts are lost, which it looks for under the name that caches had before 5.24."""
     peft = pytest.importorskip("peft")
     if f'"{CACHE_NAME}"' not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
-        pytest.skip(
-            f"PEFT {peft.__version__} does not know that transformers {transformers.__version__} renamed caches"
-        )
+        pytest.skip(f"PEFT {peft.__version__} does not know the caches of transformers {transformers.__version__}")
     return peft

@@ -29,6 +29,7 @@ from transformers import DogeConfig, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from hf_fastattn import PagedCache
+from hf_fastattn.generate import CACHE_NAME
 from hf_fastattn.handles import Handle
 
 CACHES = {
@@ -239,17 +240,18 @@ def test_handle_computes_like_the_dense_tensor(states, operation):
 class _Touching(LlamaAttention):
     """Attention that computes with what the cache returns: keys and values are scaled, position by position."""
 
-    def forward(self, *args, past_key_values=None, **kwargs):
-        cache = None if past_key_values is None else _Scaled(past_key_values)
-        return super().forward(*args, past_key_values=cache, **kwargs)
+    def forward(self, *args, **kwargs):
+        if kwargs.get(CACHE_NAME) is not None:
+            kwargs[CACHE_NAME] = _Scaled(kwargs[CACHE_NAME])
+        return super().forward(*args, **kwargs)
 
 
 class _Scaled:
     def __init__(self, cache):
         self.cache = cache
 
-    def update(self, k, v, layer_idx, *args):
-        k, v = self.cache.update(k, v, layer_idx, *args)
+    def update(self, k, v, layer_idx, *args, **kwargs):
+        k, v = self.cache.update(k, v, layer_idx, *args, **kwargs)
         scale = 1.0 + torch.arange(k.shape[-2], dtype=k.dtype)[:, None] / 64
         return k * scale, torch.mul(v, scale)
 

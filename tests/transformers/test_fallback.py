@@ -17,6 +17,7 @@ from models import (
     in_float64,
     left_padded,
     paged,
+    peft_with_prompts,
     prompt,
     run_eager,
     shared,
@@ -189,6 +190,7 @@ def test_lora_gradients():
 @pytest.mark.filterwarnings(OLD_NAME)
 @pytest.mark.parametrize("pads", [(0, 0), (5, 0)])
 def test_prefix_tuning_on_its_own_cache(pads):
+    peft_with_prompts()
     model = build("llama")
     torch.manual_seed(5)
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_attention_heads=2, token_dim=16)

@@ -14,7 +14,7 @@ TINY_LLAMA = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch, by_table):
     """Note which attention op was called with how many queries."""
     seen = []
 
