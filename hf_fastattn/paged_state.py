@@ -176,8 +176,7 @@ class PagedState:
         if num_seqs != self.num_seqs:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
         step = Step(query_len, self.columns == 0, layer_idx)
-        group = self.group if self.sharing else 1
-        self.padding.plan(step, self.tables.lens, mask, mask_known=mask_known, group=group)
+        self.padding.plan(step, self.tables.lens, mask, mask_known=mask_known, group=self._group)
         if self.sharing and self.columns and (step.rests or self.columns + query_len > self.prompt_columns):
             self._end_sharing()
         step.group = self._group

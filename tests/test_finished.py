@@ -72,11 +72,11 @@ def tokens_of(prompt, ends, step):
     return [n + step if step < end else 0 for n, end in zip(prompt, ends, strict=True)]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_finished_rows_give_their_blocks_back(pair, padded):
+def check_rows_rest(pair, padded, late=0, **given):
+    """Assert that rows give their blocks back ``late`` passes after their end, and that nobody else notices."""
     ids = tokens(3, 90)
     mask = left_padding([90, 12, 61]) if padded else torch.ones_like(ids)
-    got, logits, held = generate(pair.fast, ids, mask)
+    got, logits, held = generate(pair.fast, ids, mask, **given)
     want, expected, _ = generate(pair.eager, ids, mask)
     assert torch.equal(got, want)
     for step, (a, b) in enumerate(zip(logits, expected, strict=True), 1):
@@ -85,8 +85,13 @@ def test_finished_rows_give_their_blocks_back(pair, padded):
         assert a.isfinite().all()
     assert len(held) == NEW
     for step, (lens, used) in enumerate(held):
-        assert lens == tokens_of(mask.sum(1).tolist(), ENDS, step)
+        assert lens == tokens_of(mask.sum(1).tolist(), [end + late for end in ENDS], step)
         assert used == sum(-(-n // BLOCK_SIZE) for n in lens)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_finished_rows_give_their_blocks_back(pair, padded):
+    check_rows_rest(pair, padded)
 
 
 def test_sampled_rows_of_one_prompt(pair):

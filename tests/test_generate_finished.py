@@ -7,10 +7,9 @@ import torch
 from transformers import StoppingCriteriaList
 
 import hf_fastattn
-from hf_fastattn.cache import BLOCK_SIZE
 from hf_fastattn.paged_state import PagedState
-from tests.test_finished import ENDS, NEW, generate, tokens_of
-from tests.tiny import assert_logits, left_padding, make_pair, tokens
+from tests.test_finished import NEW, check_rows_rest, generate, tokens_of
+from tests.tiny import left_padding, make_pair, tokens
 
 loop = importlib.import_module("hf_fastattn.generate")
 OURS = {"custom_generate": hf_fastattn.generate}
@@ -47,20 +46,7 @@ def no_grad():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_finished_rows_give_their_blocks_back(pair, padded, late, told):
-    ids = tokens(3, 90)
-    mask = left_padding([90, 12, 61]) if padded else torch.ones_like(ids)
-    got, logits, held = generate(pair.fast, ids, mask, **OURS)
-    want, expected, _ = generate(pair.eager, ids, mask)
-    assert torch.equal(got, want)
-    for step, (a, b) in enumerate(zip(logits, expected, strict=True), 1):
-        going = torch.tensor(ENDS) >= step
-        assert_logits(a[going], b[going])
-        assert a.isfinite().all()
-    assert len(held) == NEW
-    ends = [end + late for end in ENDS]
-    for step, (lens, used) in enumerate(held):
-        assert lens == tokens_of(mask.sum(1).tolist(), ends, step)
-        assert used == sum(-(-n // BLOCK_SIZE) for n in lens)
+    check_rows_rest(pair, padded, late, **OURS)
     assert told == [[True, False, False], [True, False, True]]  # and not with every token
 
 
