@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
+from ._launch import Launch
+
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -28,6 +30,10 @@ _TYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
 }
+
+
+_DEFAULTS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
+"""Triton's own, where a launch does not say."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +91,17 @@ class CompileResult:
 
 
 def case_from_call(
-    name: str,
-    kernel: Any,
-    args: Sequence[object],
-    constexprs: Mapping[str, object],
-    num_warps: int,
-    num_stages: int,
-    info: Mapping[str, object],
-    maxnreg: int | None = None,
+    name: str, launch: Launch, tensors: Sequence[torch.Tensor | None], info: Mapping[str, object]
 ) -> CompileCase:
-    """Return the case that a launch ``kernel[grid](*args, **constexprs)`` compiles, specialised as Triton would.
+    """Return the case that a launch with these tensors compiles, specialised as Triton would.
 
     Args:
-        args: values of the first parameters; tensors may be on the meta device and count as aligned to 16 bytes.
+        tensors: may be on the meta device and count as aligned to 16 bytes.
     """
     signature: dict[str, str] = {}
-    constants = dict(constexprs)
+    constants = dict(launch.constants)
     divisible: list[str] = []
-    for parameter, value in zip(kernel.params, args, strict=False):
+    for parameter, value in zip(launch.kernel.params, (*tensors, *launch.scalars), strict=False):
         if value is None or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
             constants[parameter.name] = value
             continue
@@ -115,7 +114,8 @@ def case_from_call(
         aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
         if aligned and not parameter.do_not_specialize:
             divisible.append(parameter.name)
-    return CompileCase(name, kernel, signature, constants, tuple(divisible), num_warps, num_stages, dict(info), maxnreg)
+    sizes = {name: launch.options.get(name, default) for name, default in _DEFAULTS.items()}
+    return CompileCase(name, launch.kernel, signature, constants, tuple(divisible), info=dict(info), **sizes)
 
 
 def compile_case(case: CompileCase, arch: int) -> CompileResult:

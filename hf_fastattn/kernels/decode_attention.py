@@ -22,7 +22,7 @@ from ._decode_combine import arrive, combine, first_row, store_out, store_partia
 from ._decode_list import MAX_PIECES, ROWS_AT, own_piece, program_words, range_begin, segment_words
 from ._decode_plan import DecodeConfig, Plan, config, make_plan, pad_dim, supports
 from ._decode_tiles import attend
-from ._launch import Unsupported
+from ._launch import Launch, Unsupported, keep, layout
 from ._loads import skip_zeros
 from ._softmax import LOG2_E
 
@@ -239,78 +239,90 @@ def launch(
         Unsupported: see supports.
         ValueError: the schedule was made for other sizes.
     """
-    reason = supports(q, k, v, block_table, key_mask, softmax_scale)
-    if reason is not None:
-        raise Unsupported(f"decode_attention: {reason}")
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
-    if out.numel() == 0 or max_len == 0 or (key_mask is not None and key_mask.shape[1] == 0):
+    shared = None if shared_prefixes is None else shared_prefixes.shape
+    options = (softmax_scale, window, softcap, batch_invariant, config, num_programs)
+    key = (q.device, layout(q), layout(k), layout(v), layout(block_table), layout(key_mask), shared, *options)
+    kinds = (seq_lens is None, None if sinks is None else sinks.dtype)
+    call = _kept.get((key, kinds))
+    if call is None:
+        reason = supports(q, k, v, block_table, key_mask, softmax_scale)
+        if reason is not None:
+            raise Unsupported(f"decode_attention: {reason}")
+        cfg, plan = make_plan(
+            q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
+        )
+        call = _prepare(cfg, plan, q, k, v, block_table, key_mask, softmax_scale, window, softcap)
+        keep(_kept, (key, kinds), call)
+    cfg, plan = call.config, call.plan
+    out = q.new_empty(call.out_shape)
+    if call.sees_nothing:
         return out.zero_()
-    cfg, plan = make_plan(
-        q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
-    )
     if schedule is None:
         schedule = decode_schedule.launch(
             *(q, k, v, block_table, seq_lens, shared_prefixes, window, batch_invariant),
             config=cfg,
             num_programs=plan.num_programs,
         )
-    if tuple(schedule.shape) != plan.shape:
+    if schedule.shape != call.schedule_shape:
         raise ValueError(
-            f"expected a schedule of shape {plan.shape} for these sizes, got {tuple(schedule.shape)}: "
+            f"expected a schedule of shape {call.schedule_shape} for these sizes, got {tuple(schedule.shape)}: "
             "decode_schedule must be given the same shapes, shared_prefixes and batch_invariant"
         )
+    if key_mask is not None and key_mask.dtype == torch.bool:
+        key_mask = key_mask.view(torch.int8)
+    acc = q.new_empty(call.partial_rows, v.shape[3], dtype=torch.float32)
+    stats = q.new_empty(call.partial_rows, 2, dtype=torch.float32)
     seq_lens = None if seq_lens is None else seq_lens.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    call = _call(
-        *(cfg, plan, q, k, v, out, schedule, block_table, seq_lens, key_mask, sinks, max_len),
-        *(softmax_scale, window, softcap),
-    )
-    with torch.cuda.device_of(q):
-        call.kernel[call.grid](*call.args, **call.constants, **call.options)
+    call.launch(q, k, v, out, acc, stats, schedule, block_table, seq_lens, key_mask, sinks)
     return out
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The launch of a call, ready to be made or, on meta tensors, to be compiled only."""
+    """What a call is prepared to: everything but its tensors.
 
-    kernel: Any
-    grid: tuple[int]
-    args: tuple[object, ...]
-    constants: dict[str, object]
-    options: dict[str, int | None]
+    Attributes:
+        launch: of the kernel.
+        config, plan: of the call.
+        out_shape, schedule_shape, partial_rows: sizes of what it writes to.
+        sees_nothing: the result is 0, if there is any.
+    """
+
+    launch: Launch
+    config: DecodeConfig
+    plan: Plan
+    out_shape: tuple[int, ...]
+    schedule_shape: tuple[int, int]
+    partial_rows: int
+    sees_nothing: bool
 
 
-def _call(
+_kept: dict[Any, _Call] = {}
+
+
+def _prepare(
     cfg: DecodeConfig,
     plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    schedule: Tensor,
     block_table: Tensor | None,
-    seq_lens: Tensor | None,
     key_mask: Tensor | None,
-    sinks: Tensor | None,
-    max_len: int,
     softmax_scale: float,
     window: int,
     softcap: float,
 ) -> _Call:
-    """Return the launch of a call."""
+    """Prepare a call by the layout of its tensors."""
     num_seqs, num_heads, query_len, head_dim = q.shape
     v_head_dim, num_kv_heads = v.shape[3], plan.num_kv_heads
+    out_shape = (num_seqs, query_len, num_heads, v_head_dim)
+    max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
+    sees_nothing = 0 in (*out_shape, max_len) or (key_mask is not None and key_mask.shape[1] == 0)
     if block_table is None:  # as one block per sequence: (block, slot, kv head, dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    if key_mask is not None and key_mask.dtype == torch.bool:
-        key_mask = key_mask.view(torch.int8)
-    acc = q.new_empty(plan.partial_rows, v_head_dim, dtype=torch.float32)
-    stats = q.new_empty(plan.partial_rows, 2, dtype=torch.float32)
     scale = softmax_scale * LOG2_E.value
-    args = (
-        *(q, k, v, out, acc, stats, schedule, block_table, seq_lens, key_mask, sinks),
+    scalars = (
         *((2.0 * scale / softcap, softcap * LOG2_E.value) if softcap > 0.0 else (scale, 0.0)),
         *(cfg.phi * LOG2_E.value, min(window, NO_WINDOW), query_len, max_len),
         *(num_seqs, plan.num_shared, plan.shared_rows, num_kv_heads),
@@ -342,7 +354,8 @@ def _call(
     options = {"num_warps": cfg.num_warps, "num_stages": cfg.num_stages}
     if torch.version.hip is None:
         options["maxnreg"] = cfg.maxnreg
-    return _Call(_decode_kernel, (plan.num_programs,), args, constants, options)
+    launch = Launch(q.device, _decode_kernel, (plan.num_programs,), scalars, constants, options)
+    return _Call(launch, cfg, plan, out_shape, plan.shape, plan.partial_rows, sees_nothing)
 
 
 def compile_cases(arch: int) -> list["CompileCase"]:
@@ -397,11 +410,13 @@ def _compile_case(
     cfg = config(arch, head_dim, head_dim, dtype, rows, block_size, num_seqs if num_shared else 1)
     cfg = cfg if softmax is None else replace(cfg, softmax=softmax)
     _, plan = make_plan(q, k, k, table, shared, batch_invariant, config=cfg, num_programs=264)
-    options = (max_len, head_dim**-0.5, NO_WINDOW, 30.0 if every_option else 0.0)
-    call = _call(cfg, plan, q, k, k, out, meta(*plan.shape, dtype=torch.int32), table, lens, key_mask, sinks, *options)
+    options = (head_dim**-0.5, NO_WINDOW, 30.0 if every_option else 0.0)
+    call = _prepare(cfg, plan, q, k, k, table, key_mask, *options)
+    partial, schedule = meta(call.partial_rows, head_dim, dtype=torch.float32), meta(*plan.shape, dtype=torch.int32)
+    tensors = (q, k, k, out, partial, partial, schedule, table, lens, key_mask, sinks)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     name = f"{'dense' if block_size is None else f'paged{block_size}'}-{name}-d{head_dim}-rows{rows}"
     name += "-all" * every_option + "-shared" * bool(num_shared) + "-invariant" * batch_invariant
     name += f"-{softmax}" if softmax else ""
     info = {"tile_bytes": 2 * cfg.block_n * pad_dim(head_dim) * dtype.itemsize, "config": cfg}
-    return case_from_call(name, call.kernel, call.args, call.constants, info=info, **call.options)
+    return case_from_call(name, call.launch, tensors, info)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED_ARCH, KNOWN_ARCHS
+from ._launch import INTERPRETED_ARCH, KNOWN_ARCHS, Launch, keep, layout
 from .decode_linear_plan import LIBRARY, MAX_GEMV_ROWS, MAX_ROWS, ROW_MULTIPLE, Plan, choose
 
 if TYPE_CHECKING:
@@ -269,54 +269,78 @@ def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], p
     if not 1 <= rows.shape[0] <= most:
         raise ValueError(f"expected 1 to {most} rows of activations for {plan.kind}, got {rows.shape[0]}")
     outs = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    with torch.cuda.device_of(x):
-        for call in _calls(rows, weights, biases, outs, plan):
-            call.kernel[call.grid](*call.args, **call.constants, num_warps=call.num_warps, num_stages=call.num_stages)
+    key = (x.device, plan, layout(rows), *map(layout, weights), *map(layout, biases))
+    call = _kept.get(key)
+    if call is None:
+        call = keep(_kept, key, _prepare(rows, weights, plan))
+    call.run(rows, weights, biases, outs)
     return outs
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One launch of one kernel, ready to be made or, on meta tensors, to be compiled only."""
+    """What a call is prepared to: everything but its tensors.
 
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[object, ...]
-    constants: dict[str, object]
-    num_warps: int
-    num_stages: int
+    Attributes:
+        launch: of the product.
+        part_shape, combine: if K is split, shape of the partial results and the launch of their sum.
+    """
+
+    launch: Launch
+    part_shape: tuple[int, int, int] | None = None
+    combine: Launch | None = None
+
+    def run(
+        self, rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[Tensor]
+    ) -> None:
+        """Make the launches."""
+        part = None if self.part_shape is None else rows.new_empty(self.part_shape, dtype=torch.float32)
+        first, second = self.tensors(rows, weights, biases, outs, part)
+        self.launch(*first)
+        if self.combine is not None:
+            self.combine(*second)
+
+    @staticmethod
+    def tensors(
+        rows: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        outs: Sequence[Tensor],
+        part: Tensor | None,
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Return the tensors of both launches; parameters that a kernel does not look at repeat the first."""
+        weights, biases, outs = _filled(weights), _filled(biases), _filled(outs)
+        return (rows, *weights, *biases, *outs, part), (*biases, *outs, part)
 
 
-def _calls(
-    rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], outs: Sequence[Tensor], plan: Plan
-) -> list[_Call]:
+_kept: dict[Any, _Call] = {}
+
+
+def _filled(values: Sequence[Any]) -> list[Any]:
+    return [*values, *[values[0]] * (MAX_WEIGHTS - len(values))]
+
+
+def _prepare(rows: Tensor, weights: Sequence[Tensor], plan: Plan) -> _Call:
     """Return the launches of a plan: the product and, if K is split, the sum of its partial results."""
     num_rows, size_k = rows.shape
     tiles = sum(triton.cdiv(weight.shape[0], plan.block_n) for weight in weights)
-    part = None
-    if plan.num_splits > 1:
-        part = rows.new_empty(plan.num_splits, num_rows, tiles * plan.block_n, dtype=torch.float32)
-    missing = MAX_WEIGHTS - len(weights)  # parameters that the kernel does not look at repeat the first
-    weights, biases, outs = ([*tensors, *[tensors[0]] * missing] for tensors in (weights, biases, outs))
-    sizes = [weight.shape[0] for weight in weights]
+    sizes = [weight.shape[0] for weight in _filled(weights)]
     block_m = triton.next_power_of_2(num_rows) if plan.kind == "gemv" else 8 if num_rows <= 8 else 16
-    constants = {"NUM_WEIGHTS": MAX_WEIGHTS - missing, "BLOCK_M": block_m, "BLOCK_N": plan.block_n}
-    call = _Call(
+    kind = {"EVEN_K": size_k % plan.block_k == 0, "DOT": plan.kind == "flat"}
+    tile = {"BLOCK_M": block_m, "BLOCK_N": plan.block_n}
+    launch = Launch(
+        rows.device,
         _linear_kernel,
         (tiles, plan.num_splits),
-        (
-            *(rows, *weights, *biases, *outs, part),
-            *(num_rows, size_k, *sizes),
-            *(*rows.stride(), *(weight.stride(0) for weight in weights)),
-        ),
-        constants | {"EVEN_K": size_k % plan.block_k == 0, "DOT": plan.kind == "flat", "BLOCK_K": plan.block_k},
-        plan.num_warps,
-        plan.num_stages,
+        (num_rows, size_k, *sizes, *rows.stride(), *(weight.stride(0) for weight in _filled(weights))),
+        {"NUM_WEIGHTS": len(weights), **kind, **tile, "BLOCK_K": plan.block_k},
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
     )
-    if part is None:
-        return [call]
-    args = (*biases, *outs, part, num_rows, *sizes, plan.num_splits)
-    return [call, _Call(_combine_kernel, (tiles,), args, constants, 4, 1)]
+    if plan.num_splits == 1:
+        return _Call(launch)
+    scalars, constants = (num_rows, *sizes, plan.num_splits), {"NUM_WEIGHTS": len(weights), **tile}
+    combine = Launch(rows.device, _combine_kernel, (tiles,), scalars, constants, {"num_warps": 4, "num_stages": 1})
+    return _Call(launch, (plan.num_splits, num_rows, tiles * plan.block_n), combine)
 
 
 def compile_cases(arch: int) -> list["CompileCase"]:
@@ -346,14 +370,14 @@ def _compile_cases(
     weights, outs = [meta(n, size_k) for n in sizes], [meta(num_rows, n) for n in sizes]
     biases = [meta(n) if bias else None for n in sizes]
     name = f"{'bf16' if dtype == torch.bfloat16 else 'fp16'}-m{num_rows}-{'+'.join(map(str, sizes))}x{size_k}"
-    cases = []
-    for call in _calls(meta(num_rows, size_k), weights, biases, outs, plan):
-        is_product = call.kernel is _linear_kernel
-        info: dict[str, object] = {"plan": plan}
-        if is_product and plan.kind == "flat":
-            info["tile_bytes"] = (plan.block_n + call.constants["BLOCK_M"]) * plan.block_k * dtype.itemsize
-        case_name = f"{plan.kind}-{name}" if is_product else f"combine-{name}"
-        cases.append(
-            case_from_call(case_name, call.kernel, call.args, call.constants, call.num_warps, call.num_stages, info)
-        )
+    rows, call = meta(num_rows, size_k), _prepare(meta(num_rows, size_k), weights, plan)
+    part = None if call.part_shape is None else meta(call.part_shape, dtype=torch.float32)
+    product, combine = call.tensors(rows, weights, biases, outs, part)
+    info: dict[str, object] = {"plan": plan}
+    if plan.kind == "flat":
+        block_m = call.launch.constants["BLOCK_M"]
+        info["tile_bytes"] = (plan.block_n + block_m) * plan.block_k * dtype.itemsize
+    cases = [case_from_call(f"{plan.kind}-{name}", call.launch, product, info)]
+    if call.combine is not None:
+        cases.append(case_from_call(f"combine-{name}", call.combine, combine, {"plan": plan}))
     return cases

@@ -5,7 +5,7 @@ length, so that a captured launch serves every step. The launch also zeroes the 
 aborted step left there is gone. Layout: kernels/_decode_list.py.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -31,7 +31,7 @@ from ._decode_list import (
     segment_words,
 )
 from ._decode_plan import DecodeConfig, Plan, make_plan, supports
-from ._launch import Unsupported
+from ._launch import Launch, Unsupported, keep, layout
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -291,37 +291,37 @@ def launch(
     Raises:
         Unsupported: see supports; the attention kernel cannot do the call either.
     """
-    reason = supports(q, k, v, block_table)
-    if reason is not None:
-        raise Unsupported(f"decode_schedule: {reason}")
-    _, plan = make_plan(
-        q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
-    )
-    schedule = q.new_empty(plan.shape, dtype=torch.int32)
+    shared = None if shared_prefixes is None else shared_prefixes.shape
+    options = (window, batch_invariant, config, num_programs, block)
+    key = (q.device, q.dtype, q.shape, layout(k), v.dtype, v.shape, layout(block_table), seq_lens is None, shared)
+    call = _kept.get((key, options))
+    if call is None:
+        reason = supports(q, k, v, block_table)
+        if reason is not None:
+            raise Unsupported(f"decode_schedule: {reason}")
+        _, plan = make_plan(
+            q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
+        )
+        call = keep(_kept, (key, options), (plan, plan.shape, _prepare(plan, q, k, block_table, window, block)))
+    plan, shape, launch_kernel = call
+    schedule = q.new_empty(shape, dtype=torch.int32)
     if q.numel() == 0:
         return schedule
-    args, constants = _call(plan, schedule, q, k, block_table, seq_lens, shared_prefixes, window, block)
-    with torch.cuda.device_of(q):
-        _schedule_kernel[(1,)](*args, **constants, **({} if torch.version.hip else {"maxnreg": _MAXNREG}))
+    launch_kernel(
+        schedule,
+        None if seq_lens is None else seq_lens.contiguous(),
+        shared_prefixes.contiguous() if shared_prefixes is not None and plan.num_shared else None,
+    )
     return schedule
 
 
-def _call(
-    plan: Plan,
-    schedule: Tensor,
-    q: Tensor,
-    k: Tensor,
-    block_table: Tensor | None,
-    seq_lens: Tensor | None,
-    shared_prefixes: Tensor | None,
-    window: int,
-    block: int,
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the arguments and constants of the launch."""
-    shared = shared_prefixes.contiguous() if shared_prefixes is not None and plan.num_shared else None
+_kept: dict[Any, tuple[Plan, tuple[int, int], Launch]] = {}
+
+
+def _prepare(plan: Plan, q: Tensor, k: Tensor, block_table: Tensor | None, window: int, block: int) -> Launch:
+    """Return the launch of a call."""
     max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
-    args = (
-        *(schedule, None if seq_lens is None else seq_lens.contiguous(), shared),
+    scalars = (
         *(q.shape[2], min(window, NO_WINDOW), max_len),
         *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.rows),
     )
@@ -332,7 +332,8 @@ def _call(
         "INVARIANT": plan.batch_invariant,
         "BLOCK": block,
     }
-    return args, constants
+    options = {} if torch.version.hip else {"maxnreg": _MAXNREG}
+    return Launch(q.device, _schedule_kernel, (1,), scalars, constants, options)
 
 
 def compile_cases(arch: int) -> list["CompileCase"]:
@@ -348,6 +349,6 @@ def compile_cases(arch: int) -> list["CompileCase"]:
     for name, shared, invariant in (("own", None, False), ("shared", meta(8, 4), False), ("invariant", None, True)):
         cfg = config(arch, 128, 128, torch.bfloat16, 4, 64, 1 if shared is None else 64)
         _, plan = make_plan(q, k, k, table, shared, invariant, config=cfg, num_programs=264)
-        args, constants = _call(plan, meta(*plan.shape), q, k, table, lens, shared, NO_WINDOW, 256)
-        cases.append(case_from_call(name, _schedule_kernel, args, constants, 4, 3, {}, _MAXNREG))
+        call = _prepare(plan, q, k, table, NO_WINDOW, 256)
+        cases.append(case_from_call(name, call, (meta(*plan.shape), lens, shared), {}))
     return cases

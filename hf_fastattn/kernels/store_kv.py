@@ -5,14 +5,14 @@ Source: Kwon et al., "Efficient Memory Management for Large Language Model Servi
 so that a decode step is the same launch whatever the lengths.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Unsupported
+from ._launch import Launch, Unsupported, keep, layout
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -115,7 +115,6 @@ def launch(
     Raises:
         Unsupported: a cache whose head dimension is not contiguous.
     """
-    num_seqs, num_kv_heads, query_len, head_dim = k.shape
     max_blocks = block_table.shape[1]
     if k.numel() + v.numel() == 0 or max_blocks == 0:
         return
@@ -125,74 +124,64 @@ def launch(
             f"{k_cache.stride()} and {v_cache.stride()}"
         )
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    tensors = (k, v, k_cache, v_cache, block_table, past_lens, positions)
+    key = (k.device, *map(layout, tensors))
+    call = _kept.get(key)
+    if call is None:
+        call = keep(_kept, key, _prepare(*tensors))
+    call(*tensors)
+
+
+_kept: dict[Any, Launch] = {}
+
+
+def _prepare(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    past_lens: Tensor,
+    positions: Tensor | None,
+) -> Launch:
+    """Return the launch of a call by the layout of its tensors."""
+    num_seqs, num_kv_heads, query_len, head_dim = k.shape
     num_row_tiles = triton.cdiv(query_len * num_kv_heads, BLOCK_ROWS)
-    with torch.cuda.device_of(k):
-        store_kv_kernel[(num_row_tiles * num_seqs,)](
-            k,
-            v,
-            k_cache,
-            v_cache,
-            block_table,
-            past_lens,
-            positions,
-            query_len,
-            max_blocks,
-            num_row_tiles,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            *block_table.stride(),
-            past_lens.stride(0),
-            *(positions.stride() if positions is not None else (0, 0)),
-            **_constants(num_kv_heads, head_dim, v.shape[3], k_cache.shape[1]),
-            num_warps=NUM_WARPS,
-        )
-
-
-def _constants(num_kv_heads: int, head_dim: int, v_head_dim: int, block_size: int) -> dict[str, object]:
-    """Return the kernel's constexprs."""
-    return {
+    scalars = (
+        *(query_len, block_table.shape[1], num_row_tiles),
+        *(*k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3]),
+        *(*block_table.stride(), past_lens.stride(0)),
+        *(positions.stride() if positions is not None else (0, 0)),
+    )
+    constants = {
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
-        "V_HEAD_DIM": v_head_dim,
-        "KV_BLOCK_SIZE": block_size,
+        "V_HEAD_DIM": v.shape[3],
+        "KV_BLOCK_SIZE": k_cache.shape[1],
         "BLOCK_ROWS": BLOCK_ROWS,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_DV": triton.next_power_of_2(v_head_dim),
+        "BLOCK_DV": triton.next_power_of_2(v.shape[3]),
     }
+    return Launch(k.device, store_kv_kernel, (num_row_tiles * num_seqs,), scalars, constants, {"num_warps": NUM_WARPS})
 
 
 def compile_cases(arch: int) -> "list[CompileCase]":
     """Return the launches whose cost eval/compile_report.py shows; they are the same for every architecture."""
     return [
-        _case("bf16", 128, 128),
-        _case("bf16", 128, 128, positions=True),
-        _case("bf16", 80, 80),
-        _case("fp32", 64, 64),
+        _case("bf16", torch.bfloat16, 128),
+        _case("bf16", torch.bfloat16, 128, positions=True),
+        _case("bf16", torch.bfloat16, 80),
+        _case("fp32", torch.float32, 64),
     ]
 
 
-def _case(dtype: str, head_dim: int, v_head_dim: int, *, positions: bool = False) -> "CompileCase":
-    from ._compile import CompileCase
+def _case(name: str, dtype: torch.dtype, head_dim: int, *, positions: bool = False) -> "CompileCase":
+    from ._compile import case_from_call  # no launch needs the compiler's tools
 
-    constants = _constants(8, head_dim, v_head_dim, 64)
-    constants |= dict.fromkeys(("stride_table_block", "stride_lens_seq"), 1)
-    signature = {f"{tensor}_ptr": f"*{dtype}" for tensor in ("k", "v", "k_cache", "v_cache")}
-    signature |= {"table_ptr": "*i32", "past_lens_ptr": "*i32"}
-    if positions:
-        signature |= {"positions_ptr": "*i32"}
-        constants |= {"stride_pos_token": 1}
-    else:
-        constants |= {"positions_ptr": None}
-    signature |= {other: "i32" for other in store_kv_kernel.arg_names if other not in signature | constants}
-    aligned = [other for other in signature if other.endswith("_ptr") or other[:8] in ("stride_k", "stride_v")]
-    return CompileCase(
-        name="-".join([dtype, f"d{head_dim}", *(["positions"] if positions else [])]),
-        kernel=store_kv_kernel,
-        signature=signature,
-        constexprs=constants,
-        divisible=tuple(aligned),
-        num_warps=NUM_WARPS,
-        num_stages=3,
-    )
+    def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    states, cache = meta(16, 8, 4, head_dim, dtype=dtype), meta(2048, 64, 8, head_dim, dtype=dtype)
+    tensors = (states, states, cache, cache, meta(16, 64), meta(16), meta(16, 4) if positions else None)
+    name = "-".join([name, f"d{head_dim}", *(["positions"] if positions else [])])
+    return case_from_call(name, _prepare(*tensors), tensors, {})

@@ -10,6 +10,7 @@ SOFTMAX = "hf_fastattn/kernels/_softmax.py"
 LOADS = "hf_fastattn/kernels/_loads.py"
 PLAN = "hf_fastattn/kernels/_decode_plan.py"
 LIBRARY = "hf_fastattn/ops/_library.py"
+LAUNCH = "hf_fastattn/kernels/_launch.py"
 
 ALGORITHM = "tests/interpret/test_decode_algorithm.py"
 CUTS = (ALGORITHM, "-k", "ranges_cut and lazy")
@@ -18,6 +19,7 @@ LAYERS = (ALGORITHM, "-k", "many_layers or aborted")
 LOGITS = (ALGORITHM, "-k", "logits_of_any_size or do_not_fit or wrong_for_the_model")
 INVARIANT = (ALGORITHM, "-k", "batch_invariance")
 PADDING = (ALGORITHM, "-k", "padded")
+KEPT = ("tests/compile/test_kept_launches.py",)
 LISTS = ("tests/interpret/test_decode_schedule.py",)
 
 
@@ -106,6 +108,32 @@ DECODE_FAULTS = [
         ATTENTION,
         LOGITS,
         ("no second pass where a fixed reference fails", "if tl.sum((real & ~fits).to(tl.int32), 0) > 0:", "if False:"),
+    ),
+    *_faults(
+        ATTENTION,
+        KEPT,
+        (
+            "kept for any key mask",
+            "layout(block_table), layout(key_mask), shared, *options)",
+            "layout(block_table), shared, *options)",
+        ),
+        ("kept for any window", "options = (softmax_scale, window, softcap,", "options = (softmax_scale, softcap,"),
+    ),
+    *_faults(
+        LAUNCH,
+        KEPT,
+        ("unaligned tensors given to the kept kernel", "if addresses % 16:", "if addresses % 16 == 1:"),
+        (
+            "strides left out of what is kept",
+            "(tensor.dtype, tensor.shape, tensor.stride())",
+            "(tensor.dtype, tensor.shape)",
+        ),
+        ("launches not kept", "self._compiled = compiled[self.grid]", "pass"),
+    ),
+    *_faults(
+        "hf_fastattn/kernels/decode_linear.py",
+        KEPT,
+        ("kept for any plan", "key = (x.device, plan, layout(rows),", "key = (x.device, layout(rows),"),
     ),
     *_faults(LOADS, PADDING, ("padded tiles not skipped", "    return found // TILE\n", "    return first_tile\n")),
     *_faults(

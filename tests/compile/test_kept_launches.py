@@ -1,0 +1,287 @@
+"""Launches that are kept give a kernel what Triton's own launch would give it, whatever changes between two calls.
+
+Triton's driver is replaced by one that writes down which specialisation is launched, with which grid and arguments.
+"""
+
+import os
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, store_kv
+from hf_fastattn.kernels._launch import MOST_KEPT, Launch, keep
+from hf_fastattn.kernels.decode_linear_plan import Plan
+from hf_fastattn.ops import NO_WINDOW
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+pytestmark = pytest.mark.compile
+
+KERNELS = (
+    decode_attention._decode_kernel,
+    decode_schedule._schedule_kernel,
+    store_kv.store_kv_kernel,
+    decode_linear._linear_kernel,
+    decode_linear._combine_kernel,
+)
+
+
+class Compiled:
+    """Stands for a compiled kernel: writes down its launches as (specialisation, grid, arguments)."""
+
+    function = packed_metadata = None
+
+    def __init__(self, key, log):
+        self.key, self.log = key, log
+
+    def launch_metadata(self, grid, stream, *args):
+        return None
+
+    def run(self, grid_0, grid_1, grid_2, stream, function, packed, metadata, enter, leave, *args):
+        self.log.append((self.key, (grid_0, grid_1, grid_2), tuple(map(described, args))))
+
+    def __getitem__(self, grid):
+        return lambda *args: self.run(*grid, 0, None, None, None, None, None, *args)
+
+
+def described(value):
+    """A tensor by all that a kernel could see of it but its place."""
+    if not isinstance(value, torch.Tensor):
+        return type(value), value
+    return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
+
+
+class Driver:
+    """A GPU that runs nothing."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches since it was last cleared, and how many asked Triton what to compile."""
+    log, asked = [], []
+
+    def do_compile(self, key, *args, **kwargs):
+        kernel = self.device_caches[0][0][key] = Compiled(f"{self.__name__} {key}", log)
+        return kernel
+
+    run = JITFunction.run
+    monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **kw: (asked.append(self), run(self, *a, **kw))[1])
+    for module in (decode_attention, decode_schedule, store_kv, decode_linear):
+        monkeypatch.setattr(module, "_kept", {})
+    monkeypatch.setattr(driver, "_active", Driver())
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    return log, asked
+
+
+def decode(*, num_seqs=2, heads=4, query_len=1, dim=32, block_size=64, blocks=4, dtype=torch.float16, **changes):
+    """Arguments of decode_attention's launch, with one thing changed."""
+    kv_heads = changes.get("kv_heads", 2)
+    q = torch.zeros(num_seqs, query_len, heads, dim, dtype=dtype).transpose(1, 2)
+    if changes.get("q_contiguous"):
+        q = q.contiguous()
+    if block_size is None:
+        k = torch.zeros(num_seqs, kv_heads, changes.get("seq_len", 100), dim, dtype=dtype)
+        table, lens = None, None
+    else:
+        k = torch.zeros(8, block_size, kv_heads, dim, dtype=dtype)
+        if changes.get("heads_first"):
+            k = torch.zeros(8, kv_heads, block_size, dim, dtype=dtype).transpose(1, 2)
+        table = torch.zeros(num_seqs, blocks + changes.get("wider", 0), dtype=torch.int32)[:, :blocks]
+        lens = torch.ones(num_seqs, dtype=torch.int32)
+    v = torch.zeros(*k.shape[:3], changes.get("v_dim", dim), dtype=dtype)
+    if changes.get("unaligned"):
+        q = torch.zeros(q.numel() + 1, dtype=dtype)[1:].view(num_seqs, query_len, heads, dim).transpose(1, 2)
+    mask = sinks = shared = None
+    if "mask" in changes:
+        mask = torch.ones(num_seqs, blocks * 64 + changes.get("mask_wider", 0), dtype=changes["mask"])
+    if "sinks" in changes:
+        sinks = torch.zeros(heads, dtype=changes["sinks"])
+    if "shared" in changes:
+        shared = torch.zeros(changes["shared"], 4, dtype=torch.int32)
+    scale, window = changes.get("scale", 0.1), changes.get("window", NO_WINDOW)
+    invariant = changes.get("invariant", False)
+    return (q, k, v, table, lens, mask, sinks, scale, window, changes.get("softcap", 0.0), shared, None, invariant)
+
+
+DECODE_CHANGES = [
+    {},
+    {"num_seqs": 3},
+    {"heads": 8},
+    {"kv_heads": 1},
+    {"query_len": 2},
+    {"dim": 64},
+    {"v_dim": 48},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+    {"block_size": 32},
+    {"block_size": None},
+    {"block_size": None, "seq_len": 101},
+    {"blocks": 5},
+    {"wider": 1},
+    {"heads_first": True},
+    {"q_contiguous": True, "query_len": 2},
+    {"unaligned": True},
+    {"mask": torch.int8},
+    {"mask": torch.bool},
+    {"mask": torch.int8, "mask_wider": 1},
+    {"sinks": torch.float16},
+    {"sinks": torch.float32},
+    {"shared": 1},
+    {"shared": 2},
+    {"scale": 0.2},
+    {"window": 16},
+    {"softcap": 30.0},
+    {"invariant": True},
+]
+
+
+def store(*, num_seqs=2, heads=2, query_len=1, dim=32, dtype=torch.float16, cache_dtype=torch.float16, **changes):
+    """Arguments of store_kv's launch, with one thing changed."""
+    k = torch.zeros(num_seqs, query_len, heads, dim, dtype=dtype).transpose(1, 2)
+    v = torch.zeros(num_seqs, query_len, heads, changes.get("v_dim", dim), dtype=dtype).transpose(1, 2)
+    if changes.get("contiguous"):
+        k = k.contiguous()
+    if changes.get("unaligned"):
+        v = torch.zeros(v.numel() + 1, dtype=dtype)[1:].view(v.transpose(1, 2).shape).transpose(1, 2)
+    block_size = changes.get("block_size", 64)
+    k_cache = torch.zeros(8, block_size, heads, dim, dtype=cache_dtype)
+    v_cache = torch.zeros(8, block_size, heads, v.shape[3], dtype=cache_dtype)
+    blocks = changes.get("blocks", 4)
+    table = torch.zeros(num_seqs, blocks + changes.get("wider", 0), dtype=torch.int32)[:, :blocks]
+    lens = torch.zeros(num_seqs * 2, dtype=torch.int32)[:: changes.get("lens_stride", 1)][:num_seqs]
+    positions = torch.zeros(num_seqs, query_len, dtype=torch.int32) if changes.get("positions") else None
+    return k, v, k_cache, v_cache, table, lens, positions
+
+
+STORE_CHANGES = [
+    {},
+    {"num_seqs": 3},
+    {"heads": 3},
+    {"query_len": 5},
+    {"dim": 64},
+    {"v_dim": 16},
+    {"dtype": torch.float32},
+    {"cache_dtype": torch.float32},
+    {"contiguous": True, "query_len": 5},
+    {"unaligned": True},
+    {"block_size": 32},
+    {"blocks": 5},
+    {"wider": 1},
+    {"lens_stride": 2},
+    {"positions": True},
+]
+
+GEMV = Plan("gemv", block_n=16, block_k=64, num_splits=1, num_warps=4, num_stages=2)
+SPLIT = Plan("gemv", block_n=16, block_k=64, num_splits=2, num_warps=4, num_stages=2)
+FLAT = Plan("flat", block_n=16, block_k=64, num_splits=1, num_warps=4, num_stages=2)
+
+
+def linear(*, plan=GEMV, num_rows=1, sizes=(64,), size_k=128, dtype=torch.float16, **changes):
+    """Arguments of decode_linear's run, with one thing changed."""
+    x = torch.zeros(num_rows, size_k * 2, dtype=dtype)[:, :: changes.get("x_stride", 1)][:, :size_k]
+    weights = [torch.zeros(n, size_k + changes.get("wider", 0), dtype=dtype)[:, :size_k] for n in sizes]
+    if changes.get("unaligned"):
+        weights[0] = torch.zeros(sizes[0] * size_k + 1, dtype=dtype)[1:].view(sizes[0], size_k)
+    bias = changes.get("bias")
+    return x, weights, [None if bias is None else torch.zeros(n, dtype=bias) for n in sizes], plan
+
+
+LINEAR_CHANGES = [
+    {},
+    {"plan": SPLIT},
+    {"plan": FLAT},
+    {"num_rows": 2},
+    {"sizes": (80,)},
+    {"sizes": (64, 64)},
+    {"sizes": (64, 32, 16)},
+    {"plan": SPLIT, "sizes": (64, 32, 16), "bias": torch.float16},
+    {"size_k": 136},
+    {"dtype": torch.bfloat16},
+    {"x_stride": 2},
+    {"wider": 8},
+    {"unaligned": True},
+    {"bias": torch.float16},
+    {"bias": torch.float32},
+]
+
+CALLS = [
+    pytest.param(decode_attention, decode_attention.launch, decode, DECODE_CHANGES, id="decode_attention"),
+    pytest.param(store_kv, store_kv.launch, store, STORE_CHANGES, id="store_kv"),
+    pytest.param(decode_linear, decode_linear.run, linear, LINEAR_CHANGES, id="decode_linear"),
+]
+
+
+@pytest.mark.parametrize(("module", "call", "arguments", "changes"), CALLS)
+def test_a_kept_launch_is_what_triton_would_launch(launched, monkeypatch, module, call, arguments, changes):
+    """One change at a time, after all others were kept: what a key left out would be taken from another call."""
+    log, asked = launched
+    modules = (module, decode_schedule)
+    fresh = []
+    for change in changes:
+        for each in modules:
+            monkeypatch.setattr(each, "_kept", {})
+        log.clear()
+        call(*arguments(**change))
+        fresh.append(list(log))
+    assert len({str(launches) for launches in fresh}) >= len(changes) - 1  # the changes are changes: but for bool masks
+    for each in modules:
+        monkeypatch.setattr(each, "_kept", {})
+    for again in range(2):
+        for change, expected in zip(changes, fresh, strict=True):
+            log.clear()
+            asked.clear()
+            call(*arguments(**change))
+            assert log == expected, change
+            unaligned = change.get("unaligned", False)
+            assert bool(asked) == (not again or unaligned), change  # the second time nobody asks what to compile
+
+
+def test_an_unaligned_tensor_leaves_what_is_kept_alone(launched):
+    log, asked = launched
+    for change, asks in (({}, 2), ({"unaligned": True}, 1), ({}, 0), ({"unaligned": True}, 1), ({}, 0)):
+        asked.clear()
+        decode_attention.launch(*decode(**change))
+        assert len(asked) == asks, change  # the schedule's tensors are new ones: aligned
+    keys = [key for key, _, _ in log if key.startswith("_decode")]
+    assert keys[0] == keys[2] == keys[4] != keys[1] == keys[3]
+
+
+def test_a_refused_call_is_refused_again(launched):
+    from hf_fastattn.kernels._launch import Unsupported
+
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="positive"):
+            decode_attention.launch(*decode(scale=-1.0))
+    assert launched[0] == []
+
+
+def test_constants_have_to_be_the_kernels_last_parameters_in_order(launched):
+    with pytest.raises(AssertionError):
+        Launch(torch.device("cpu"), store_kv.store_kv_kernel, (1,), (), {"BLOCK_DV": 1, "BLOCK_D": 1}, {})
+
+
+def test_what_is_kept_is_bounded():
+    kept = {}
+    for length in range(3 * MOST_KEPT):
+        assert keep(kept, length, str(length)) == str(length)
+        assert kept[length] == str(length)
+        assert len(kept) <= MOST_KEPT
