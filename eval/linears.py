@@ -26,7 +26,8 @@ from hf_fastattn import reference
 from hf_fastattn.linear import GROUPS, DecodeLinear, optimize_linears, restore_linears
 
 from . import common
-from .kernels import MAX_COPIES, Prepared, cache_bytes, make_timer, measure_ceilings
+from .kernel_inputs import MAX_COPIES, cache_bytes
+from .kernel_timing import Prepared, make_timer, measure_ceilings
 from .roofline import Bound, Ceilings
 
 BASELINE, OURS = "nn.Linear", "DecodeLinear"

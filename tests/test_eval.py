@@ -6,32 +6,20 @@ import time
 
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface
 
 from eval import common, memory, perplexity, report, speculative, throughput
 from hf_fastattn.attention import fastattn_attention
+from tests.tiny import make_pair
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def models():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    exact = LlamaForCausalLM(config).eval()
-    exact.load_state_dict(model.state_dict())
-    return model, exact.double()
+    """A model and the same one in float64."""
+    pair = make_pair(vocab_size=64, max_position_embeddings=256)
+    return pair.fast, pair.eager.double()
 
 
 def test_a_sleep_is_measured_right():

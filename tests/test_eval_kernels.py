@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import kernels, roofline
-from eval.kernels import OURS, Prepared, measure_cell
+from eval import kernel_inputs, kernels, roofline
+from eval.kernel_rivals import OURS, candidates, index_put, ours_attention, ours_store
+from eval.kernel_timing import Prepared, make_timer
+from eval.kernels import measure_cell
 from eval.roofline import Ceilings, DecodeCell, PrefillCell, StoreCell
+from hf_fastattn import ops
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("made up", 10e9, 1e12)
@@ -33,7 +36,7 @@ def altered(change):
 
             return wrapped
 
-        return Prepared([wrap(call) for call in kernels.ours_attention(cell, copies).calls])
+        return Prepared([wrap(call) for call in ours_attention(cell, copies).calls])
 
     return prepare, seen
 
@@ -44,7 +47,7 @@ def without_key(index):
     def prepare(cell, copies):
         def bind(x):
             k, v = (torch.cat([t[:, :, :index], t[:, :, index:][:, :, 1:]], 2) for t in x.dense)
-            return lambda: kernels.ops.prefill_attention(x.q, k, v, softmax_scale=x.scale, causal=False)
+            return lambda: ops.prefill_attention(x.q, k, v, softmax_scale=x.scale, causal=False)
 
         return Prepared([bind(x) for x in copies])
 
@@ -125,7 +128,7 @@ def test_a_sleep_is_measured_right():
         def __exit__(self, *_):
             pass
 
-    timer, how = kernels.make_timer(Prepared([lambda: time.sleep(0.01), lambda: time.sleep(0.03)], Context), CPU)
+    timer, how = make_timer(Prepared([lambda: time.sleep(0.01), lambda: time.sleep(0.03)], Context), CPU)
     before = len(entered)
     assert 0.02 <= min(timer() for _ in range(5)) <= 0.025  # a sleep never ends early
     assert how == "clock"
@@ -143,7 +146,7 @@ def test_wrong_implementations_are_flagged_and_not_timed(cell, dtype):
         "sequences swapped": altered(lambda out: out.flip(0)),
         "nothing": altered(lambda out: None),
     }
-    rows = measure(cell, {OURS: kernels.ours_attention, **{name: pair[0] for name, pair in damage.items()}}, dtype)
+    rows = measure(cell, {OURS: ours_attention, **{name: pair[0] for name, pair in damage.items()}}, dtype)
     assert rows[OURS]["status"] == "ok"
     assert rows[OURS]["us"] > 0
     for name, (_, seen) in damage.items():
@@ -163,13 +166,13 @@ def test_one_lost_key_is_wrong(index):
 def test_wrong_stores_are_flagged(query_len):
     def misses_values(cell, copies):
         def call(x):
-            kernels.ops.store_kv(x.k, 0 * x.v, x.k_cache, x.v_cache, x.block_table, x.past_lens)
+            ops.store_kv(x.k, 0 * x.v, x.k_cache, x.v_cache, x.block_table, x.past_lens)
 
         return Prepared([lambda x=x: call(x) for x in copies])
 
     def writes_elsewhere_too(cell, copies):
         def call(x):
-            kernels.ops.store_kv(x.k, x.v, x.k_cache, x.v_cache, x.block_table, x.past_lens)
+            ops.store_kv(x.k, x.v, x.k_cache, x.v_cache, x.block_table, x.past_lens)
             x.k_cache[0, 15] = 1.0
 
         return Prepared([lambda x=x: call(x) for x in copies])
@@ -178,8 +181,8 @@ def test_wrong_stores_are_flagged(query_len):
     implementations = {
         "misses values": misses_values,
         "writes elsewhere too": writes_elsewhere_too,
-        OURS: kernels.ours_store,
-        "index_put": kernels.index_put,
+        OURS: ours_store,
+        "index_put": index_put,
     }
     rows = measure(cell, implementations)
     assert [row["status"] for row in rows.values()] == ["WRONG", "WRONG", "ok", "ok"]
@@ -199,7 +202,7 @@ def test_wrong_stores_are_flagged(query_len):
     ids=lambda cell: cell.name,
 )
 def test_all_that_runs_here_is_right(cell):
-    rows = measure(cell, kernels.candidates(cell.op, with_flex=False))
+    rows = measure(cell, candidates(cell.op, with_flex=False))
     assert rows[OURS]["status"] == "ok"
     assert not any("WRONG" in row["status"] for row in rows.values())
     if len(set(cell.lens)) == 1:
@@ -211,7 +214,7 @@ def test_all_that_runs_here_is_right(cell):
 
 def test_a_shared_prefix_lies_in_the_same_blocks():
     cell = DecodeCell((40, 40, 50), **SMALL, block_size=16, shared_prefix=32)
-    table = kernels.make_inputs(cell, torch.float32, CPU, 0).block_table.tolist()
+    table = kernel_inputs.make_inputs(cell, torch.float32, CPU, 0).block_table.tolist()
     assert table[0][:2] == table[1][:2] == table[2][:2]
     own = [block for row in table for block in row[2:] if block >= 0]
     assert sorted(own + table[0][:2]) == list(range(6))
@@ -219,12 +222,12 @@ def test_a_shared_prefix_lies_in_the_same_blocks():
 
 def test_decode_is_measured_with_and_without_what_it_shares():
     cell = DecodeCell((40, 40), **SMALL, block_size=16, shared_prefix=32)
-    assert kernels.shared_entries(cell, CPU).tolist() == [[0, 2, 0, 2]]
-    rows = measure(cell, kernels.candidates("decode", with_flex=False))
+    assert kernel_inputs.shared_entries(cell, CPU).tolist() == [[0, 2, 0, 2]]
+    rows = measure(cell, candidates("decode", with_flex=False))
     assert rows[f"{OURS}, nothing shared"]["status"] == rows[f"{OURS}, schedule each call"]["status"] == "ok"
     assert "kernel's" in rows[f"{OURS}, lazy softmax"]["status"]
     assert rows[OURS]["x_best_rival"] <= rows["sdpa math"]["us"] / rows[OURS]["us"]  # our own rows are no rivals
-    alone = measure(DECODE, kernels.candidates("decode", with_flex=False))
+    alone = measure(DECODE, candidates("decode", with_flex=False))
     assert alone[f"{OURS}, nothing shared"]["status"] == "not available: the sequences share nothing"
 
 
@@ -235,7 +238,7 @@ def test_a_rival_that_raises_is_a_row():
     def raises_when_called(cell, copies):
         return Prepared([lambda: torch.zeros(2) + torch.zeros(3)])
 
-    rows = measure(DECODE, {"a": raises, "b": raises_when_called, OURS: kernels.ours_attention})
+    rows = measure(DECODE, {"a": raises, "b": raises_when_called, OURS: ours_attention})
     assert rows["a"]["status"] == "not available: does not like"
     assert rows["b"]["status"].startswith("not available: The size of tensor a (2)")
     assert rows[OURS]["status"] == "ok"

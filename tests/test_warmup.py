@@ -4,29 +4,18 @@ import importlib
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_fastattn
 from hf_fastattn import attention, cache, leases, ops
 from hf_fastattn import compile_policy as policy
+from tests.tiny import make_pair
 
 module = importlib.import_module("hf_fastattn.warmup")
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=2,
-        attn_implementation="fastattn",
-    )
-    return hf_fastattn.paged(LlamaForCausalLM(config).eval())
+    return hf_fastattn.paged(make_pair().fast)
 
 
 @pytest.fixture
