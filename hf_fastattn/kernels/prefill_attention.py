@@ -6,7 +6,6 @@ whole, without position masks, then the tiles on the edges (causal diagonal, win
 not care about the order, so that only the few edge tiles pay for masks.
 """
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,119 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_fastattn.ops.shapes import KERNEL_DTYPES, MAX_HEAD_DIM
-
-from ._launch import SMALL, Unsupported, device_arch
-from ._loads import load_ahead
-from ._softmax import LOG2_E, MIN_MAXIMUM, softmax_step, tanh_from_log2
+from ._launch import Unsupported, device_arch
+from ._prefill_plan import PrefillConfig, config, is_plain, supports, tile_dim
+from ._prefill_tiles import attend_tiles, skip_hidden
+from ._softmax import LOG2_E, MIN_MAXIMUM
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
 FAR = tl.constexpr(2**30)
 """Larger than any position, and ``position - FAR`` is still an int32: no window, no valid query."""
-
-MAX_TOKEN_STRIDE = 2**23
-"""Offsets inside a tile of up to 128 tokens are int32; those of tiles, blocks and sequences are int64."""
-
-
-@triton.jit
-def _attend_tiles(
-    acc,
-    m_i,
-    l_i,
-    q,
-    query_pos,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    key_mask_ptr,
-    scale,
-    cap_log2,
-    window,
-    max_blocks,
-    k_begin,
-    k_end,
-    first_tile,
-    num_tiles,
-    gap_at,
-    gap,
-    stride_k_block,
-    stride_k_token,
-    stride_v_block,
-    stride_v_token,
-    stride_table_block,
-    stride_mask_token,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    KV_BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    EDGE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Take num_tiles key tiles from first_tile on, skipping ``gap`` tiles at the gap_at-th, into acc, m_i and l_i.
-
-    EDGE: some query of the tile may not see some key of these tiles; keys outside [k_begin, k_end) are not loaded.
-    Without EDGE every key is seen by every query, as far as positions go (key_mask applies in both).
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    within = offs_n % KV_BLOCK_SIZE if KV_BLOCK_SIZE > 0 else offs_n
-    k_offs = (within * stride_k_token)[:, None] + offs_d[None, :]  # [BLOCK_N, BLOCK_D] int32, inside one block
-    v_offs = (within * stride_v_token)[:, None] + offs_dv[None, :]  # [BLOCK_N, BLOCK_DV]
-    for t in tl.range(0, num_tiles):
-        tile = first_tile + t
-        if EDGE:
-            tile += tl.where(t >= gap_at, gap, 0)
-        start = tile * BLOCK_N
-        keys = start + offs_n
-        if KV_BLOCK_SIZE == 0:  # dense
-            k_ptrs = k_ptr + start.to(tl.int64) * stride_k_token + k_offs
-            v_ptrs = v_ptr + start.to(tl.int64) * stride_v_token + v_offs
-        elif KV_BLOCK_SIZE >= BLOCK_N:  # one block holds the tile
-            entry = tl.minimum(start // KV_BLOCK_SIZE, max_blocks - 1)
-            block = tl.maximum(load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
-            k_ptrs = k_ptr + (block * stride_k_block + start % KV_BLOCK_SIZE * stride_k_token) + k_offs
-            v_ptrs = v_ptr + (block * stride_v_block + start % KV_BLOCK_SIZE * stride_v_token) + v_offs
-        else:  # several blocks make up the tile
-            entry = tl.minimum(keys // KV_BLOCK_SIZE, max_blocks - 1)
-            block = tl.maximum(load_ahead(table_ptr + entry * stride_table_block, ASM), 0).to(tl.int64)
-            k_ptrs = k_ptr + (block * stride_k_block)[:, None] + k_offs
-            v_ptrs = v_ptr + (block * stride_v_block)[:, None] + v_offs
-
-        in_range = tl.full([BLOCK_N], True, tl.int1)
-        if EDGE:
-            in_range = (keys >= k_begin) & (keys < k_end)
-        shown = in_range
-        if key_mask_ptr is not None:
-            column = tl.maximum(tl.minimum(keys, k_end - 1), 0)
-            shown &= load_ahead(key_mask_ptr + column * stride_mask_token, ASM) != 0
-        k_mask = in_range[:, None]
-        v_mask = shown[:, None]  # 0 * NaN is NaN: no value of a hidden key enters the product
-        if HEAD_DIM != BLOCK_D:
-            k_mask &= (offs_d < HEAD_DIM)[None, :]
-        if V_HEAD_DIM != BLOCK_DV:
-            v_mask &= (offs_dv < V_HEAD_DIM)[None, :]
-
-        k = tl.load(k_ptrs, mask=k_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if SOFTCAP:
-            scores = tanh_from_log2(scores * scale)
-        visible = shown[None, :]
-        if EDGE and CAUSAL:
-            visible &= (keys[None, :] <= query_pos[:, None]) & (keys[None, :] > query_pos[:, None] - window)
-        if EDGE or key_mask_ptr is not None:
-            scores = tl.where(visible, scores, float("-inf"))
-
-        p, alpha, m_i, l_i = softmax_step(scores, cap_log2 if SOFTCAP else scale, m_i, l_i)
-        v = tl.load(v_ptrs, mask=v_mask, other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
-    return acc, m_i, l_i
 
 
 @triton.jit(
@@ -245,7 +141,7 @@ def prefill_attention_kernel(
     stop = tl.cdiv(k_end, BLOCK_N)
     start = tl.minimum(k_begin // BLOCK_N, stop)
     if key_mask_ptr is not None:
-        start = _skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N)
+        start = skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N)
     full_start = tl.minimum(tl.maximum(tl.cdiv(all_begin, BLOCK_N), start), stop)
     full_stop = tl.minimum(tl.maximum(all_end // BLOCK_N, full_start), stop) if SPLIT else full_start
 
@@ -262,7 +158,7 @@ def prefill_attention_kernel(
         m_i = tl.maximum(m_i, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E)
         l_i += 1.0
     for EDGE in tl.static_range(1 - SPLIT, 2):
-        acc, m_i, l_i = _attend_tiles(
+        acc, m_i, l_i = attend_tiles(
             acc,
             m_i,
             l_i,
@@ -310,91 +206,6 @@ def prefill_attention_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit
-def _skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N: tl.constexpr):
-    """Return the first tile in [start, stop) with a key that key_mask shows, or stop."""
-    offs_n = tl.arange(0, BLOCK_N)
-    tile = start
-    hidden = 1
-    while (tile < stop) & (hidden > 0):
-        keys = tile * BLOCK_N + offs_n
-        shown = tl.load(key_mask_ptr + keys * stride_mask_token, mask=keys < k_end, other=0)
-        hidden = (tl.max(shown.to(tl.int32), 0) == 0).to(tl.int32)
-        tile += hidden
-    return tile
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """Launch config of the kernel.
-
-    Attributes:
-        BLOCK_M, BLOCK_N: queries and keys per tile.
-        num_warps: warps per program.
-        num_stages: depth of the K/V pipeline.
-        split: a loop without masks for the tiles that every query sees whole; False masks every tile, with fewer
-            registers.
-    """
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-    split: bool = True
-
-
-def config(arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, *, plain: bool = True) -> PrefillConfig:
-    """Return the launch config for an architecture (80, 86, 90, 100), head sizes and dtype.
-
-    Chosen so that no case of :func:`compile_cases` spills registers or exceeds shared memory; not yet tuned on a GPU.
-    plain: see :func:`is_plain`; other calls need registers of their own, taken from the tiles.
-    """
-    size = max(64, _tile_dim(max(head_dim, v_head_dim)))
-    if dtype == torch.float32:
-        return _FLOAT32.get((arch, size), _FLOAT32_REST)
-    return _HALF[arch][size] if plain else _HALF_NOT_PLAIN.get((arch, size), _HALF[arch][size])
-
-
-def is_plain(block_size: int, causal: bool, key_mask: bool, softcap: bool) -> bool:
-    """Return whether a call is causal without mask and softcap, on dense keys or blocks of at least 64 tokens."""
-    return causal and not key_mask and not softcap and (block_size == 0 or block_size >= 64)
-
-
-_FLOAT32 = {
-    (80, 128): PrefillConfig(64, 16, 8, 2, split=False),
-    (80, 256): PrefillConfig(64, 16, 8, 2, split=False),
-    (SMALL, 128): PrefillConfig(32, 16, 8, 2, split=False),
-    (SMALL, 256): PrefillConfig(16, 16, 4, 2, split=False),
-}
-_FLOAT32_REST = PrefillConfig(32, 32, 8, 2, split=False)
-_HALF = {
-    80: {
-        64: PrefillConfig(128, 64, 4, 3),
-        128: PrefillConfig(128, 32, 8, 4),
-        256: PrefillConfig(64, 32, 8, 3),
-    },
-    SMALL: {
-        64: PrefillConfig(128, 64, 8, 3),
-        128: PrefillConfig(128, 32, 8, 3),
-        256: PrefillConfig(64, 32, 8, 2),
-    },
-    90: {
-        64: PrefillConfig(128, 128, 8, 3),
-        128: PrefillConfig(128, 128, 8, 3),
-        256: PrefillConfig(128, 64, 8, 2, split=False),
-    },
-    100: {
-        64: PrefillConfig(128, 64, 8, 3),
-        128: PrefillConfig(128, 64, 8, 3),
-        256: PrefillConfig(128, 32, 8, 3),
-    },
-}
-_HALF_NOT_PLAIN = {
-    (90, 128): PrefillConfig(128, 64, 8, 4),
-    (90, 256): PrefillConfig(128, 32, 8, 3, split=False),
-}
-
-
 def _constants(
     num_heads: int,
     num_kv_heads: int,
@@ -415,8 +226,8 @@ def _constants(
         "KV_BLOCK_SIZE": block_size,
         "BLOCK_M": config.BLOCK_M,
         "BLOCK_N": config.BLOCK_N,
-        "BLOCK_D": _tile_dim(head_dim),
-        "BLOCK_DV": _tile_dim(v_head_dim),
+        "BLOCK_D": tile_dim(head_dim),
+        "BLOCK_DV": tile_dim(v_head_dim),
         "CAUSAL": causal,
         "SOFTCAP": softcap,
         "SPLIT": int(config.split),
@@ -424,41 +235,7 @@ def _constants(
     }
 
 
-def _tile_dim(head_dim: int) -> int:
-    """Return the width of a tile that holds a head: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 _config = config  # launch has a keyword of this name
-
-
-def supports(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor | None = None,
-    softmax_scale: float = 1.0,
-) -> str | None:
-    """Return why the kernel cannot take a call, in one sentence, or None if it can (O(1), no device access)."""
-    if q.dtype not in KERNEL_DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        return (
-            f"prefill_attention needs q, k and v of one dtype of {KERNEL_DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
-        return f"prefill_attention takes head sizes up to {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
-    if not softmax_scale > 0:
-        return f"prefill_attention needs a positive softmax_scale, got {softmax_scale}"
-    token_axis = 2 if block_table is None else 1
-    for x, axis in ((q, 2), (k, token_axis), (v, token_axis)):
-        if x.shape[axis] > 1 and x.stride(axis) >= MAX_TOKEN_STRIDE:
-            return f"prefill_attention takes tokens less than {MAX_TOKEN_STRIDE} elements apart, got {x.stride(axis)}"
-    if block_table is not None:
-        block_size = k.shape[1]
-        if block_size < 16 or block_size & (block_size - 1):
-            return f"prefill_attention takes block sizes that are powers of two from 16, got {block_size}"
-        if k.shape[0] and (k.stride(3) != 1 or v.stride(3) != 1):
-            return "prefill_attention needs k and v caches with a contiguous head dimension"
-    return None
 
 
 def launch(
@@ -615,7 +392,7 @@ def _case(
     flags = {"causal": causal, "softcap": softcap, "mask": key_mask, "sinks": sinks, "positions": positions}
     size = f"d{head_dim}" if v_head_dim == head_dim else f"d{head_dim}v{v_head_dim}"
     layout = f"paged{block_size}" if block_size else "dense"
-    tile_bytes = chosen.BLOCK_N * (_tile_dim(head_dim) + _tile_dim(v_head_dim)) * dtype.itemsize
+    tile_bytes = chosen.BLOCK_N * (tile_dim(head_dim) + tile_dim(v_head_dim)) * dtype.itemsize
     return CompileCase(
         name="-".join([layout, name, size, *(flag for flag, on in flags.items() if on)]),
         kernel=prefill_attention_kernel,
