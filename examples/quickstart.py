@@ -4,40 +4,26 @@ python examples/quickstart.py                      # the bundled tiny model
 python examples/quickstart.py --model NAME_OR_FOLDER --prompt "..." --max-new-tokens 64
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from loading import TINY_MODEL, load, parser_for
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-import hf_fastattn  # noqa: F401  registers "fastattn"; models that ask for it generate over a PagedCache
-
-TINY_MODEL = Path(__file__).parent / "tiny-llama"
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
 
 
 def main() -> None:
     """Parse the arguments, generate twice, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(TINY_MODEL), help="a hub name or a folder; default: the bundled model")
+    parser = parser_for(__doc__)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", default=None, help="float32, bfloat16, ...; default: float32 on a CPU, else bfloat16"
-    )
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="fastattn")
-    except (OSError, ValueError) as error:
-        sys.exit(f"cannot load the model {args.model!r}: {error}")
-    model = model.to(args.device).eval()
+    model, tokenizer = load(args)
     name = Path(args.model).name if args.model == str(TINY_MODEL) else args.model
-    print(f"{name} ({model.num_parameters() / 1e6:.1f}M parameters) on {args.device}, {dtype}\n")
+    print(f"{name} ({model.num_parameters() / 1e6:.1f}M parameters) on {args.device}, {model.dtype}\n")
 
     print("--- fastattn, PagedCache " + "-" * 55)
     ours, speed = complete(model, tokenizer, args.prompt, args.max_new_tokens)
@@ -49,7 +35,7 @@ def main() -> None:
     print("-" * 80)
     print(f"same tokens: {'yes' if same else f'no, from new token {first_difference(ours, theirs)} on'}")
     print(f"fastattn {speed:7.1f} tokens/s\nsdpa     {baseline:7.1f} tokens/s")
-    if not same and dtype == torch.float32:
+    if not same and model.dtype == torch.float32:
         sys.exit("the tokens must agree in float32: this is a bug")
 
 

@@ -11,16 +11,15 @@ Layers spread over GPUs without processes (device_map="auto") work too: blocks a
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from loading import TINY_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 import hf_fastattn  # noqa: F401  registers "fastattn"
 
-TINY_MODEL = Path(__file__).parent / "tiny-llama"
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
 
 

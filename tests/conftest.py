@@ -56,3 +56,19 @@ def llama() -> Pair:
 def mistral() -> Pair:
     """A tiny Mistral whose window is 11 tokens, under fastattn and under eager attention."""
     return make_pair("mistral", sliding_window=11)
+
+
+@pytest.fixture
+def no_grad():
+    """Let a test, or with usefixtures all tests of a file, run without gradients."""
+    with torch.no_grad():
+        yield
+
+
+SIZES = {"growing": {}, "fixed": {"num_blocks": 24}, "reserved": {"max_length": 80}}
+
+
+@pytest.fixture(params=SIZES)
+def sizes(request):
+    """The three ways of sizing a cache."""
+    return SIZES[request.param]

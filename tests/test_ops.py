@@ -1,120 +1,13 @@
-"""The PyTorch implementation of each op against the float64 oracle in hf_fastattn.reference.
-
-The tolerance is computed: at most twice the error that the oracle's formula makes in the call's own dtype, plus four
-roundings of the output and one of the float32 scores (a score off by x changes a probability by the factor exp(x)).
-"""
+"""The PyTorch implementation of each op against the float64 oracle, under the tolerance of tests/op_calls.py."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_fastattn import ops, reference
+from hf_fastattn import ops
 from hf_fastattn.ops import NO_WINDOW
-
-NAN = float("nan")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-class Call:
-    """The arguments of an attention call, over blocks (block_size) or dense; NaN in every slot that nobody owns."""
-
-    def __init__(
-        self,
-        lens=(37, 16),
-        *,
-        heads=4,
-        kv_heads=2,
-        query_len=1,
-        dim=32,
-        v_dim=None,
-        block_size=16,
-        dtype=torch.float32,
-        sharpness=3.0,
-        blocks="permuted",
-        seed=0,
-    ):
-        self.random = torch.Generator().manual_seed(seed)
-        self.dtype, self.block_size = dtype, block_size
-        v_dim = dim if v_dim is None else v_dim
-        self.q = self.normal(len(lens), query_len, heads, dim).transpose(1, 2)
-        self.options = {"softmax_scale": sharpness * dim**-0.5, "window": NO_WINDOW, "softcap": 0.0}
-        self.causal = True
-        self.key_mask = self.sinks = self.block_table = self.seq_lens = self.query_positions = None
-        if block_size is None:
-            assert len(set(lens)) == 1
-            self.k = self.normal(len(lens), kv_heads, lens[0], dim)
-            self.v = self.normal(len(lens), lens[0], kv_heads, v_dim).transpose(1, 2)
-            return
-        self.seq_lens = torch.tensor(lens, dtype=torch.int32)
-        width = max(-(-max(lens, default=0) // block_size), 1) + 1
-        num_blocks = len(lens) * width + 3
-        order = torch.arange(num_blocks) if blocks == "runs" else torch.randperm(num_blocks, generator=self.random)
-        self.block_table = torch.full((len(lens), width), -1, dtype=torch.int32)
-        self.k = self.cache(num_blocks, kv_heads, dim)
-        self.v = self.cache(num_blocks, kv_heads, v_dim).transpose(1, 2).contiguous().transpose(1, 2)
-        for seq, seq_len in enumerate(lens):
-            for i, start in enumerate(range(0, seq_len, block_size)):
-                block, count = order[seq * width + i], min(block_size, seq_len - start)
-                self.block_table[seq, i] = block
-                self.k[block, :count] = self.normal(count, kv_heads, dim)
-                self.v[block, :count] = self.normal(count, kv_heads, v_dim)
-
-    def normal(self, *shape):
-        return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.dtype)
-
-    def cache(self, num_blocks, kv_heads, dim):
-        return torch.full((num_blocks, self.block_size, kv_heads, dim), NAN, dtype=self.dtype)
-
-    def hide_keys(self, share):
-        columns = self.k.shape[2] if self.block_table is None else self.block_table.shape[1] * self.block_size
-        self.key_mask = (torch.rand(self.q.shape[0], columns, generator=self.random) >= share).to(torch.int8)
-
-    def place_queries(self, gaps=False):
-        """Give the queries positions of their own: rising, some padding, the last tokens or (gaps) any tokens."""
-        num_seqs, _, query_len, _ = self.q.shape
-        self.query_positions = torch.full((num_seqs, query_len), -1, dtype=torch.int32)
-        for seq, seq_len in enumerate(self.seq_lens.tolist()):
-            count = int(torch.randint(0, min(query_len, seq_len) + 1, (), generator=self.random))
-            places = torch.randperm(query_len, generator=self.random)[:count].sort().values
-            positions = torch.arange(seq_len - count, seq_len)
-            if gaps:
-                positions = torch.randperm(seq_len, generator=self.random)[:count].sort().values
-            self.query_positions[seq, places] = positions.int()
-
-    def largest_score(self):
-        """Return a bound of the scaled scores."""
-        longest = [t.double().nan_to_num().norm(dim=-1).max().item() for t in (self.q, self.k)]
-        return longest[0] * longest[1] * self.options["softmax_scale"]
-
-    def run(self, module, name, dtype=None):
-        q, k, v = ((t if dtype is None else t.to(dtype)) for t in (self.q, self.k, self.v))
-        sinks = self.sinks if dtype is None or self.sinks is None else self.sinks.to(dtype)
-        given = {"block_table": self.block_table, "seq_lens": self.seq_lens, "key_mask": self.key_mask, "sinks": sinks}
-        if name == "prefill_attention":
-            given |= {"causal": self.causal, "query_positions": self.query_positions}
-        return getattr(module, name)(q, k, v, **given, **self.options)
-
-    def check(self, name="prefill_attention"):
-        out, exact = self.run(ops, name), self.run(reference, name, torch.float64)
-        assert out.shape == exact.shape
-        assert out.dtype == self.dtype
-        assert out.is_contiguous()
-        assert not exact.isnan().any()
-        if out.numel():
-            roundings = 4 * torch.finfo(self.dtype).eps + torch.finfo(torch.float32).eps * self.largest_score()
-            rounding = roundings * exact.abs().max().item()
-            plain = (self.run(reference, name).double() - exact).abs().max().item()
-            error = (out.double() - exact).abs().max().item()
-            assert error <= 2 * plain + rounding  # false for NaN
-        return out
-
-    def check_both(self):
-        """Check the op that fits; decode_attention too if it takes the call."""
-        out = self.check()
-        if self.causal and self.query_positions is None and self.q.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
-            assert torch.equal(self.check("decode_attention"), out)
-        return out
+from tests.op_calls import DTYPES, NAN, Call, Store
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -297,6 +190,17 @@ def test_empty_calls(shape, name):
     assert not out.any()
 
 
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_decode_with_shared_prefixes_and_a_schedule(query_len):
+    call = Call((50, 37, 20), query_len=query_len)
+    call.block_table[1, :2] = call.block_table[0, :2]
+    call.options["shared_prefixes"] = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]], dtype=torch.int32)
+    paged = {"block_table": call.block_table, "seq_lens": call.seq_lens}
+    schedule = ops.decode_schedule(call.q, call.k, call.v, shared_prefixes=call.options["shared_prefixes"], **paged)
+    call.options |= {"schedule": schedule, "batch_invariant": query_len == 3}
+    call.check("decode_attention")
+
+
 calls = st.fixed_dictionaries(
     {
         "heads": st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
@@ -350,33 +254,6 @@ def test_any_dense_call(options, num_seqs, seq_len):
     any_call(options, [seq_len] * num_seqs, block_size=None).check_both()
 
 
-class Store:
-    """The arguments of store_kv: sequences of past_lens tokens get query_len new ones; the caches are NaN."""
-
-    def __init__(self, past_lens=(0, 5, 30), query_len=3, *, block_size=16, dim=8, v_dim=8, layout="token", seed=0):
-        random = torch.Generator().manual_seed(seed)
-        num_seqs = len(past_lens)
-        self.k = torch.randn(num_seqs, query_len, 2, dim, generator=random).transpose(1, 2)
-        self.v = torch.randn(num_seqs, 2, query_len, v_dim, generator=random)
-        width = -(-(max(past_lens) + query_len) // block_size)
-        order = torch.randperm(num_seqs * width + 2, generator=random)
-        self.block_table = order[: num_seqs * width].view(num_seqs, width).int()
-        self.past_lens = torch.tensor(past_lens, dtype=torch.int32)
-        self.positions = None
-        self.caches = [torch.full((len(order), block_size, 2, d), NAN) for d in (dim, v_dim)]
-        if layout == "head":
-            self.caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in self.caches]
-
-    def run(self, module):
-        caches = [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype).copy_(c) for c in self.caches]
-        module.store_kv(self.k, self.v, *caches, self.block_table, self.past_lens, positions=self.positions)
-        return caches
-
-    def check(self):
-        for got, want in zip(self.run(ops), self.run(reference), strict=True):
-            assert torch.equal(got.nan_to_num(7e7), want.nan_to_num(7e7))
-
-
 @pytest.mark.parametrize("query_len", [0, 1, 3, 40])
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("layout", ["token", "head"])
@@ -415,214 +292,3 @@ def test_any_store(past_lens, query_len, padded, layout, seed):
         stored = torch.rand(len(past_lens), query_len, generator=torch.Generator().manual_seed(seed)) < 0.6
         store.positions = torch.where(stored, store.past_lens[:, None] + stored.cumsum(1) - 1, -1).int()
     store.check()
-
-
-@pytest.mark.parametrize(
-    ("past_len", "table", "message"),
-    [
-        (31, [[3, 1]], r"position 32 lies beyond the block table, which holds 2 blocks of 16"),
-        (15, [[3, -1]], r"no block in the block table \(-1\)"),
-    ],
-)
-def test_a_token_without_a_block_is_an_error_and_nothing_is_written(past_len, table, message):
-    k = v = torch.ones(1, 2, 2, 8)
-    k_cache, v_cache = torch.zeros(4, 16, 2, 8), torch.zeros(4, 16, 2, 8)
-    with pytest.raises(IndexError, match=message):
-        ops.store_kv(k, v, k_cache, v_cache, torch.tensor(table).int(), torch.tensor([past_len]).int())
-    assert not k_cache.any()
-    assert not v_cache.any()
-
-
-@pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-def test_a_length_beyond_the_block_table_is_an_error(name):
-    call = Call((33, 4))
-    call.block_table = call.block_table[:, :2].contiguous()
-    with pytest.raises(ValueError, match=r"33 tokens is longer than its block table, which holds 32"):
-        call.run(ops, name)
-
-
-@pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-def test_a_hole_in_the_block_table_is_an_error(name):
-    call = Call((33, 4))
-    call.block_table[0, 1] = -1
-    with pytest.raises((IndexError, RuntimeError)):
-        call.run(ops, name)
-
-
-def change(**tensors):
-    """Return a function that replaces attributes of a call by what the given functions make of them."""
-
-    def apply(call):
-        for name, make in tensors.items():
-            setattr(call, name, make(getattr(call, name)))
-
-    return apply
-
-
-@pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (change(q=lambda q: q[0]), ValueError, "expected 4-dimensional q, k and v, got 3, 4 and 4"),
-        (change(v=lambda v: v[:, :8]), ValueError, r"k and v must agree .* got \(11, 16, 2, 32\) and \(11, 8, 2, 32\)"),
-        (change(q=lambda q: q[:, :3]), ValueError, "3 query heads cannot be shared evenly by 2 key/value heads"),
-        (change(q=lambda q: q[..., :16]), ValueError, "q has head size 16, k has 32"),
-        (change(sinks=lambda _: torch.zeros(3)), ValueError, r"sinks must have shape \(4,\), got \(3,\)"),
-        (change(seq_lens=lambda _: None), ValueError, "block_table and seq_lens belong together"),
-        (
-            change(block_table=lambda _: None, k=lambda k: k[:3], v=lambda v: v[:3]),
-            ValueError,
-            "belong together|shared",
-        ),
-        (
-            change(seq_lens=lambda n: n[:1]),
-            ValueError,
-            r"expected block_table \(2, max_blocks\) .* got \(2, 4\) and \(1,\)",
-        ),
-        (change(block_table=lambda t: t[:1]), ValueError, r"expected block_table \(2, max_blocks\) .* got \(1, 4\)"),
-        (change(block_table=lambda t: t.long()), TypeError, "must be int32, got torch.int64 and torch.int32"),
-        (change(seq_lens=lambda n: n.long()), TypeError, "must be int32, got torch.int32 and torch.int64"),
-        (
-            change(key_mask=lambda _: torch.ones(1, 64, dtype=torch.int8)),
-            ValueError,
-            r"expected key_mask \(2, at least 64 keys\), got \(1, 64\)",
-        ),
-    ],
-)
-def test_attention_arguments_that_do_not_belong_together(name, spoil, error, message):
-    call = Call()
-    spoil(call)
-    with pytest.raises(error, match=message):
-        call.run(ops, name)
-
-
-def test_dense_batches_must_agree():
-    call = Call((5, 5), block_size=None)
-    call.q = call.q[:1]
-    with pytest.raises(ValueError, match="q has batch size 1, k has 2"):
-        call.run(ops, "prefill_attention")
-
-
-def test_decode_takes_few_queries():
-    with pytest.raises(ValueError, match="at most 32 queries per sequence, got 33: use prefill_attention"):
-        Call(query_len=33).run(ops, "decode_attention")
-
-
-def test_a_key_mask_covers_all_dense_keys():
-    call = Call((5, 5), block_size=None)
-    call.key_mask = torch.ones(2, 4, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"expected key_mask \(2, at least 5 keys\), got \(2, 4\)"):
-        call.run(ops, "decode_attention")
-
-
-def test_every_query_has_a_position():
-    call = Call((5, 5))
-    call.query_positions = torch.zeros(2, 3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"expected query_positions \(2, 1\), got \(2, 3\)"):
-        call.run(ops, "prefill_attention")
-
-
-def test_query_positions_are_for_blocks():
-    call = Call((5, 5), block_size=None)
-    call.query_positions = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="query_positions needs a block_table"):
-        call.run(ops, "prefill_attention")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (change(k=lambda k: k[0]), r"expected k and v .* got \(2, 3, 8\)"),
-        (change(v=lambda v: v[:, :1]), r"expected k and v .* got \(3, 2, 3, 8\), \(3, 1, 3, 8\)"),
-        (change(caches=lambda c: [c[0][..., :4], c[1]]), r"caches .* do not take k and v \(3, 2, 3, 8\)"),
-        (change(caches=lambda c: [c[0], c[1][:, :, :1]]), "caches .* do not take k and v"),
-        (change(block_table=lambda t: t[:2]), r"expected block_table \(3, max_blocks\) .* got \(2, 3\)"),
-        (change(past_lens=lambda n: n[:2]), r"expected block_table .* and past_lens \(3,\), got .* \(2,\)"),
-        (change(positions=lambda _: torch.zeros(3, 2)), r"expected positions \(3, 3\), got \(3, 2\)"),
-    ],
-)
-def test_store_arguments_that_do_not_belong_together(spoil, message):
-    store = Store()
-    spoil(store)
-    with pytest.raises(ValueError, match=message):
-        store.run(ops)
-
-
-@pytest.mark.parametrize("paged", [True, False])
-@pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-def test_attention_ops_are_well_registered(name, paged):
-    call = Call((20, 20), block_size=16 if paged else None, query_len=2)
-    call.hide_keys(0.2)
-    tables = [call.block_table, call.seq_lens]
-    tail = [call.options["softmax_scale"], 9, 2.0]
-    args = [call.q, call.k.nan_to_num(), call.v.nan_to_num(), *tables]
-    if name == "prefill_attention":
-        args.append(None)
-        tail.insert(1, True)
-    torch.library.opcheck(getattr(torch.ops.hf_fastattn, name).default, (*args, call.key_mask, torch.zeros(4), *tail))
-
-
-def test_decode_is_well_registered_with_all_its_arguments():
-    call = Call((40, 37), query_len=2)
-    call.block_table[1, :2] = call.block_table[0, :2]
-    entries = torch.tensor([[0, 2, 0, 2]], dtype=torch.int32)
-    args = [call.q, call.k.nan_to_num(), call.v.nan_to_num(), call.block_table, call.seq_lens, None, None, 0.3, 99, 0.0]
-    schedule = torch.empty(0, 0, dtype=torch.int32)
-    torch.library.opcheck(torch.ops.hf_fastattn.decode_attention.default, (*args, entries, schedule, True))
-
-
-@pytest.mark.parametrize("query_len", [1, 3])
-def test_decode_with_shared_prefixes_and_a_schedule(query_len):
-    call = Call((50, 37, 20), query_len=query_len)
-    call.block_table[1, :2] = call.block_table[0, :2]
-    call.options["shared_prefixes"] = torch.tensor([[0, 2, 0, 2], [0, 0, 0, 0]], dtype=torch.int32)
-    paged = {"block_table": call.block_table, "seq_lens": call.seq_lens}
-    schedule = ops.decode_schedule(call.q, call.k, call.v, shared_prefixes=call.options["shared_prefixes"], **paged)
-    call.options |= {"schedule": schedule, "batch_invariant": query_len == 3}
-    call.check("decode_attention")
-
-
-def test_store_is_well_registered():
-    store = Store()
-    caches = [cache.zero_() for cache in store.caches]
-    args = (store.k, store.v, *caches, store.block_table, store.past_lens, None)
-    torch.library.opcheck(torch.ops.hf_fastattn.store_kv.default, args)
-
-
-def attention_step(q, k, v, k_cache, v_cache, block_table, past_lens):
-    """A layer's work: store, then attend over the blocks; and once over the new states alone."""
-    ops.store_kv(k, v, k_cache, v_cache, block_table, past_lens)
-    paged = {"block_table": block_table, "seq_lens": past_lens + k.shape[2], "softmax_scale": 0.3}
-    first = ops.decode_attention(q * 2, k_cache, v_cache, window=20, **paged)
-    second = ops.prefill_attention(q, k_cache, v_cache, softcap=5.0, **paged)
-    return first + second + ops.prefill_attention(q, k, v, softmax_scale=0.3)
-
-
-def step_arguments(past_lens=(3, 17), query_len=2):
-    call, store = Call(query_len=query_len), Store(past_lens, query_len, dim=32, v_dim=32)
-    caches = [torch.randn(cache.shape, generator=call.random) for cache in store.caches]
-    return [call.q, store.k, store.v, *caches, store.block_table, store.past_lens]
-
-
-def test_a_function_of_all_ops_compiles_to_one_graph():
-    torch._dynamo.reset()
-    compiled = torch.compile(attention_step, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for query_len in (2, 2, 5):
-            given, again = step_arguments(query_len=query_len), step_arguments(query_len=query_len)
-            torch.testing.assert_close(compiled(*given), attention_step(*again))
-            assert torch.equal(given[3], again[3])
-            assert torch.equal(given[4], again[4])
-
-
-def test_compiled_code_does_not_copy_the_caches():
-    torch._dynamo.reset()
-    given, again = step_arguments(), step_arguments()
-    with torch.no_grad():
-        compiled = torch.compile(attention_step, fullgraph=True)
-        out, (code,) = torch._inductor.utils.run_and_get_code(compiled, *given)
-        torch.testing.assert_close(out, attention_step(*again))
-    assert torch.equal(given[3], again[3])
-    shape = ", ".join(map(str, given[3].shape))
-    assert "hf_fastattn.store_kv" in code
-    assert [line for line in code.splitlines() if "empty_strided" in line and f"(({shape})" in line] == []

@@ -5,33 +5,15 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_fastattn
 from hf_fastattn import BlockPoolExhausted, PagedCache, ops
 from hf_fastattn.device_tables import common_prefixes
 from hf_fastattn.kv_pool import KVPool
 from tests.test_cache_machine import check_state
-from tests.tiny import assert_logits, make_pair
+from tests.tiny import CopiedBytes, assert_logits, running_out, tokens, used_blocks
 
-
-@pytest.fixture(scope="module")
-def llama():
-    return make_pair("llama")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
-def tokens(batch, length, seed=0):
-    return torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def used_blocks(cache):
-    return cache.state.pool.num_used
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def forward(pair, cache, ids, mask=None):
@@ -161,37 +143,18 @@ def test_decoding_gets_what_is_shared_and_one_schedule_per_step(llama, monkeypat
     assert len(attends[0]["shared_prefixes"]) <= 8
 
 
-class CountCopies(TorchDispatchMode):
-    """Counts the bytes that ops write into tensors as large as a block or more."""
-
-    def __init__(self, least):
-        super().__init__()
-        self.least, self.written = least, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ("copy_", "clone", "cat", "index_select", "index", "gather", "index_copy_", "index_put_", "repeat"):
-            size = out.numel() * out.element_size()
-            if name in ("index_put_", "index_copy_"):
-                size = args[-1].numel() * args[-1].element_size()
-            if size >= self.least:
-                self.written += size
-        return out
-
-
 def test_reordering_beams_copies_no_more_than_last_blocks(llama):
     cache = llama.cache(block_size=16)
     forward(llama, cache, tokens(4, 200))
     block = cache.state.memory.bytes_per_block
     before = cache.state.memory.layers[0].k_cache.data_ptr()
-    with CountCopies(least=block // 8) as count:
+    with CopiedBytes() as copied:
         cache.reorder_cache(torch.tensor([2, 2, 0, 2]))
-    assert 0 < count.written <= 2 * 2 * block  # two copies of a last block, read and written
+    assert 0 < copied.count <= 2 * 2 * block  # two copies of a last block, read and written
     assert cache.state.memory.layers[0].k_cache.data_ptr() == before
-    with CountCopies(least=block // 8) as count:
+    with CopiedBytes() as copied:
         cache.reorder_cache(torch.tensor([3, 1, 0, 2]))
-    assert count.written == 0
+    assert copied.count == 0
 
 
 def test_waste_is_a_part_of_the_last_block(llama):
@@ -310,24 +273,14 @@ def test_a_growing_pool_moves_all_caches_on_it(llama):
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
-def test_memory_that_runs_out_while_a_pool_grows_changes_nothing(llama, monkeypatch, fails_at):
+def test_memory_that_runs_out_while_a_pool_grows_changes_nothing(llama, fails_at):
     cache = llama.cache()
     ids = tokens(3, 30)
     forward(llama, cache, ids)
     cache.reorder_cache(torch.tensor([2, 0, 2]))
     ids = ids[[2, 0, 2]]
-    move, calls = hf_fastattn.kv_pool.move_blocks, []
-
-    def fail(*args):
-        calls.append(1)
-        if len(calls) == fails_at + 1:
-            raise torch.OutOfMemoryError("no memory")
-        return move(*args)
-
-    monkeypatch.setattr(hf_fastattn.kv_pool, "move_blocks", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with running_out(fails_at + 1), pytest.raises(torch.OutOfMemoryError):
         forward(llama, cache, tokens(3, 900))
-    monkeypatch.undo()
     assert cache.get_seq_length() == 30
     check_fork(llama, cache, ids)
 

@@ -127,7 +127,7 @@ AUTO_FAULTS = [
         CACHE,
         "new = NewStates(self, key_states, value_states, self.cache)",
         "new = NewStates(self, key_states, value_states)",
-        ("tests/test_paged_cache.py::test_touching_a_handle_warns_once",),
+        ("tests/test_cache_modes.py::test_touching_a_handle_warns_once",),
     ),
     Fault(
         "PEFT gets no answer to how long a cache may become",

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
-OPS = ("tests/test_ops.py", "-k", "not any_ and not compile and not registered")
+OPS = ("tests/test_ops.py", "tests/test_op_arguments.py", "-k", "not any_")
 BLOCKS = ("tests/test_block_pool.py",)
-CACHE = ("tests/test_paged_cache.py", "-k", "not compiled and not export")
+CACHE = (
+    *(f"tests/test_{name}.py" for name in ("paged_cache", "cache_operations", "cache_failures", "cache_modes")),
+    *("-k", "not compiled and not export"),
+)
 MACHINE = ("tests/test_cache_machine.py", "-m", "not soak")
 DECODE_KERNEL = (
     "tests/interpret/test_decode_attention.py",
@@ -39,7 +42,7 @@ class Fault:
     @property
     def interpreted(self) -> bool:
         """Whether the tests run Triton kernels, in Triton's interpreter."""
-        return self.file.startswith("hf_fastattn/kernels/")
+        return self.tests[0].startswith("tests/interpret/")
 
 
 def _in(file: str, tests: tuple[str, ...], *faults: tuple[str, str, str]) -> list[Fault]:
@@ -312,13 +315,17 @@ FAULTS = [
         ),
     ),
     *_in(
-        "kernels/prefill_attention.py",
+        "kernels/_prefill_tiles.py",
         PREFILL_KERNEL,
         (
             "kernel: window one too wide (prefill)",
             "(keys[None, :] > query_pos[:, None] - window)",
             "(keys[None, :] >= query_pos[:, None] - window)",
         ),
+    ),
+    *_in(
+        "kernels/prefill_attention.py",
+        PREFILL_KERNEL,
         (
             "kernel: top-left causal (prefill)",
             "        first_pos = seq_len - query_len + first_row\n",

@@ -8,6 +8,8 @@ STATE = "hf_fastattn/paged_state.py"
 AUTO = "hf_fastattn/auto.py"
 WARMUP = "hf_fastattn/warmup.py"
 LOOP_TESTS = "tests/transformers/test_generate.py"
+CALLBACK_TESTS = "tests/transformers/test_generate_callbacks.py"
+MEMORY_TESTS = "tests/transformers/test_generate_memory.py"
 FINISHED_TESTS = "tests/test_generate_finished.py"
 RANDOM_TESTS = "tests/transformers/test_generate_random.py"
 POLICY_TESTS = "tests/transformers/test_compile_policy.py"
@@ -24,7 +26,7 @@ GENERATE_FAULTS = [
         GENERATE,
         "                    cache.crop(-1)\n",
         "",
-        _test(LOOP_TESTS, "test_rows_that_end_early", "test_second_turn_over_a_returned_cache"),
+        _test(LOOP_TESTS, "test_rows_that_end_early") + _test(MEMORY_TESTS, "test_second_turn_over_a_returned_cache"),
     ),
     Fault(
         "positions stand still",
@@ -52,35 +54,36 @@ GENERATE_FAULTS = [
         GENERATE,
         "                if notice.wait():\n",
         "                self._choose(outputs) if notice.pending else None\n                if notice.wait():\n",
-        _test(LOOP_TESTS, "test_random_numbers_are_used_as_before", "test_processors_and_criteria_see_the_same"),
+        _test(LOOP_TESTS, "test_random_numbers_are_used_as_before")
+        + _test(CALLBACK_TESTS, "test_processors_and_criteria_see_the_same"),
     ),
     Fault(
         "streamer loses tokens that wait",
         GENERATE,
         "self.streamer.put(self.copy.clone())",
         "pass",
-        _test(LOOP_TESTS, "test_streamer_gets_every_token_once"),
+        _test(CALLBACK_TESTS, "test_streamer_gets_every_token_once"),
     ),
     Fault(
         "full pool fails a call that is finished",
         GENERATE,
         "                    if not notice.wait():\n                        raise\n                    break",
         "                    raise",
-        _test(LOOP_TESTS, "test_full_fixed_pool_is_an_error_only_if_the_token_is_wanted"),
+        _test(MEMORY_TESTS, "test_full_fixed_pool_is_an_error_only_if_the_token_is_wanted"),
     ),
     Fault(
         "others get ids that are not contiguous",
         GENERATE,
         "self.foreign = any(",
         "self.foreign = False and any(",
-        _test(LOOP_TESTS, "test_processors_and_criteria_see_the_same"),
+        _test(CALLBACK_TESTS, "test_processors_and_criteria_see_the_same"),
     ),
     Fault(
         "what others made of the last token is not what the model gets",
         GENERATE,
         "self.token.copy_(self.ids[:, -1:])",
         "pass",
-        _test(LOOP_TESTS, "test_ids_that_others_edit_or_keep"),
+        _test(CALLBACK_TESTS, "test_ids_that_others_edit_or_keep"),
     ),
     Fault(
         "ids are changed under those who kept them",
@@ -88,14 +91,14 @@ GENERATE_FAULTS = [
         "            self.ids = torch.cat([self.ids, token], 1)\n",
         "            self.ids = torch.cat([self.ids, token], 1, out=self.ids.new_empty(0).long())\n"
         "            self.ids[:, 0] = 0\n",
-        _test(LOOP_TESTS, "test_ids_that_others_edit_or_keep"),
+        _test(CALLBACK_TESTS, "test_ids_that_others_edit_or_keep"),
     ),
     Fault(
         "verdicts must be of type bool",
         GENERATE,
         'self.records["scores"]).bool()',
         'self.records["scores"])',
-        _test(LOOP_TESTS, "test_integer_verdicts_end_rows"),
+        _test(CALLBACK_TESTS, "test_integer_verdicts_end_rows"),
     ),
     Fault(
         "ids keep the type of the prompt",
@@ -144,28 +147,28 @@ GENERATE_FAULTS = [
         GENERATE,
         "except (BlockPoolExhausted, torch.OutOfMemoryError):",
         "except BlockPoolExhausted:",
-        _test(LOOP_TESTS, "test_memory_that_runs_out_is_an_error_only_if_the_token_is_wanted"),
+        _test(MEMORY_TESTS, "test_memory_that_runs_out_is_an_error_only_if_the_token_is_wanted"),
     ),
     Fault(
         "prefill is cut though its hidden states are wanted",
         GENERATE,
         " or config.output_hidden_states or config.output_attentions",
         "",
-        _test(LOOP_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
+        _test(MEMORY_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
     ),
     Fault(
         "prefill is cut whatever there is to it",
         GENERATE,
         "whole = whole or any(",
         "whole = whole and any(",
-        _test(LOOP_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
+        _test(MEMORY_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
     ),
     Fault(
         "streamer gets a tensor that changes",
         GENERATE,
         'self.streamer.put(self.token[:, 0].to("cpu", copy=True))',
         "self.streamer.put(self.token[:, 0].cpu())",
-        _test(LOOP_TESTS, "test_streamer_gets_every_token_once"),
+        _test(CALLBACK_TESTS, "test_streamer_gets_every_token_once"),
     ),
     Fault(
         "nobody tells the cache who has finished",
@@ -200,21 +203,21 @@ GENERATE_FAULTS = [
         GENERATE,
         "            self.cache.mask_sizes(1)",
         "            pass",
-        _test(LOOP_TESTS, "test_compiled_steps"),
+        _test(MEMORY_TESTS, "test_compiled_steps"),
     ),
     Fault(
         "prefill that was cut begins its positions anew",
         GENERATE,
         "kwargs[name] = kwargs[name][:, :end]",
         "kwargs[name] = kwargs[name][:, : end - start]",
-        _test(LOOP_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
+        _test(MEMORY_TESTS, "test_prefill_that_runs_out_of_memory_is_cut"),
     ),
     Fault(
         "streamer lost beside custom_generate",
         AUTO,
         "        if custom_generate is generate:\n            custom_generate = None\n",
         "",
-        _test(LOOP_TESTS, "test_streamer_gets_every_token_once"),
+        _test(CALLBACK_TESTS, "test_streamer_gets_every_token_once"),
     ),
     Fault(
         "first call of a bucket is compiled",
