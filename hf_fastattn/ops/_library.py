@@ -17,6 +17,9 @@ import torch
 LIBRARY = torch.library.Library("hf_fastattn", "DEF")
 _TORCH_KEYS = ("CPU", "MPS", "XPU")
 
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+"""All strides are honoured: without the second, inductor copies whatever it has not stored yet, once per call."""
+
 
 @functools.cache
 def has_triton() -> bool:
@@ -35,7 +38,7 @@ def define_op(
         implementation: the PyTorch implementation, called with the schema's arguments by position.
         fake: shapes and dtypes of the result, for tracing.
     """
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(f"{name}{schema}", tags=_TAGS)
     for key in _TORCH_KEYS:
         LIBRARY.impl(name, implementation, key)
     on_cuda = _kernel_or(name, implementation)
@@ -57,9 +60,7 @@ def define_op(
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether the dispatcher would only go on to a device's implementation: asking saves 6 to 24 us a call."""
     return (
-        type(tensor) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
