@@ -5,6 +5,7 @@ copy, the query heads of one key head become rows of one tile (so that keys are 
 sliding window slices the keys, and a mask is built only for tiles of queries, never for the whole score matrix.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from ._views import even_runs, is_flat, read_blocks, view_runs
 
 QUERY_TILE = 1024
 """Queries attended at once where a mask is needed: bounds the memory of the mask."""
+
+MAX_PACKED = 128
+"""Most queries of one key head, over its query heads, that are packed into one tile."""
 
 STREAMED_KEYS = 2**19
 """Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache."""
@@ -115,6 +119,11 @@ def attend_dense(
         return (_stream_one_query if streams else _sdpa)(q, k, v, softmax_scale)
     if plain and not causal:
         return _sdpa(q, k, v, softmax_scale)
+    group = num_heads // k.shape[1]
+    if plain and query_len < seq_len and group * query_len <= MAX_PACKED:
+        reach = min(seq_len, window + query_len - 1)
+        mask = _last_queries_mask(query_len, reach, window, group, q.dtype, q.device)
+        return _sdpa(q, k[:, :, -reach:], v[:, :, -reach:], softmax_scale, mask)
     if plain and query_len == seq_len <= window:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
         return out.transpose(1, 2).contiguous()
@@ -122,6 +131,22 @@ def attend_dense(
     return _attend_tiles(
         q, k, v, key_mask, sinks, positions, softmax_scale=softmax_scale, causal=causal, window=window, softcap=softcap
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _last_queries_mask(
+    query_len: int, seq_len: int, window: int, group: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the additive mask of the last queries, (1, 1, group * query_len, seq_len): all layers of a step share it.
+
+    It holds the query_len rows ``group`` times, for heads packed as :func:`_sdpa` packs them.
+    """
+    with torch.inference_mode(False):
+        columns = torch.arange(seq_len, device=device)
+        rows = torch.arange(seq_len - query_len, seq_len, device=device)[:, None]
+        hidden = (columns > rows) | (columns <= rows - window)
+        mask = torch.zeros(query_len, seq_len, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return mask.repeat(group, 1)[None, None]
 
 
 def _stream_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
@@ -213,9 +238,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
         return out.reshape(num_seqs, 1, num_heads, v.shape[3])
     group = num_heads // num_kv_heads
-    if group > 1 and group * query_len <= 128:
+    if group > 1 and group * query_len <= MAX_PACKED:
         packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)
-        if mask is not None and mask.shape[2] > 1:
+        if mask is not None and mask.shape[2] == query_len:
             mask = mask.repeat(1, 1, group, 1)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
         out = out.reshape(num_seqs, num_heads, query_len, v.shape[3])
