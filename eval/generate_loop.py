@@ -3,14 +3,15 @@
     python -m eval.generate_loop --models tiny llama-20m --cells 1x64 4x64 --new-tokens 128
 
 Three measurements, alternating, medians: whole calls of generate() (tokens per second; tokens must be equal); the loops
-alone, around a forward pass that costs nothing (microseconds per token); and what one more layer adds to a decode step
-of a very small model, under sdpa over a DynamicCache and under fastattn over a PagedCache (microseconds per layer).
+alone, around a forward pass that costs nothing (microseconds per token); and what one more layer adds to an eager
+decode step of a very small model, under sdpa over a DynamicCache and under fastattn over a PagedCache (microseconds per
+layer). On a CPU the last is also measured on the way of a GPU's tensors, up to Triton's launch, which does nothing.
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_fastattn
 from hf_fastattn import PagedCache
+from hf_fastattn.ops._library import has_triton
 
-from . import common
+from . import common, fake_gpu
 
 LOOPS: dict[str, dict[str, Any]] = {"transformers": {}, "hf_fastattn": {"custom_generate": hf_fastattn.generate}}
 ATTENTIONS = ("sdpa/dynamic", "fastattn/paged")
+LAUNCHING = "fastattn/paged, a GPU's way"
 FEW_LAYERS, MANY_LAYERS = 4, 20
 
 
@@ -149,7 +152,7 @@ def measure_glue(device: torch.device, steps: int, rounds: int) -> list[dict[str
                 if attention == "sdpa/dynamic"
                 else PagedCache(model.config, reserve=512)
             )
-            with torch.no_grad():
+            with torch.no_grad(), fake_gpu.launching() if attention == LAUNCHING else nullcontext():
                 model(token.expand(1, 16), past_key_values=cache, use_cache=True)
 
                 def decode() -> None:
@@ -160,10 +163,11 @@ def measure_glue(device: torch.device, steps: int, rounds: int) -> list[dict[str
 
         return run
 
-    cases = {f"{attention} {layers}": case(attention, layers) for attention in ATTENTIONS for layers in models}
+    attentions = [*ATTENTIONS, *([LAUNCHING] if device.type == "cpu" and has_triton() else [])]
+    cases = {f"{attention} {layers}": case(attention, layers) for attention in attentions for layers in models}
     runs = common.alternate(cases, rounds, label="glue")
     rows = []
-    for attention in ATTENTIONS:
+    for attention in attentions:
         few, many = runs[f"{attention} {FEW_LAYERS}"], runs[f"{attention} {MANY_LAYERS}"]
         slopes = [(b - a) / (MANY_LAYERS - FEW_LAYERS) for a, b in zip(few, many, strict=True)]
         layer, step = common.Spread.of(slopes), common.Spread.of(few)

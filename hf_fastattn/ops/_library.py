@@ -17,6 +17,9 @@ import torch
 LIBRARY = torch.library.Library("hf_fastattn", "DEF")
 _TORCH_KEYS = ("CPU", "MPS", "XPU")
 
+DIRECT: dict[str, dict[str, Callable[..., Any]]] = {}
+"""By op and device type, what the dispatcher would go on to for a plain tensor: asking here saves 6 to 24 us a call."""
+
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 """All strides are honoured: without the second, inductor copies whatever it has not stored yet, once per call."""
 
@@ -45,20 +48,17 @@ def define_op(
     LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"hf_fastattn::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.hf_fastattn, name).default
+    direct = DIRECT[name] = {"cpu": implementation, "cuda": on_cuda}
 
     def call(*args: Any) -> Any:
-        if _is_plain(args[0]):
-            if args[0].is_cpu:
-                return implementation(*args)
-            if args[0].is_cuda:
-                return on_cuda(*args)
-        return op(*args)
+        run = direct.get(args[0].device.type) if _is_plain(args[0]) else None
+        return op(*args) if run is None else run(*args)
 
     return call
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the dispatcher would only go on to a device's implementation: asking saves 6 to 24 us a call."""
+    """Whether nobody between the caller and a device's implementation wants to see a call on this tensor."""
     return (
         type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
     )

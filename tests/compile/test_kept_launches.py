@@ -1,19 +1,15 @@
 """Launches that are kept give a kernel what Triton's own launch would give it, whatever changes between two calls.
 
-Triton's driver is replaced by one that writes down which specialisation is launched, with which grid and arguments.
+Nothing is compiled or launched: see conftest.py.
 """
 
 import os
-from collections import defaultdict
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, store_kv
 from hf_fastattn.kernels._launch import MOST_KEPT, Launch, keep
@@ -24,72 +20,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 pytestmark = pytest.mark.compile
-
-KERNELS = (
-    decode_attention._decode_kernel,
-    decode_schedule._schedule_kernel,
-    store_kv.store_kv_kernel,
-    decode_linear._linear_kernel,
-    decode_linear._combine_kernel,
-)
-
-
-class Compiled:
-    """Stands for a compiled kernel: writes down its launches as (specialisation, grid, arguments)."""
-
-    function = packed_metadata = None
-
-    def __init__(self, key, log):
-        self.key, self.log = key, log
-
-    def launch_metadata(self, grid, stream, *args):
-        return None
-
-    def run(self, grid_0, grid_1, grid_2, stream, function, packed, metadata, enter, leave, *args):
-        self.log.append((self.key, (grid_0, grid_1, grid_2), tuple(map(described, args))))
-
-    def __getitem__(self, grid):
-        return lambda *args: self.run(*grid, 0, None, None, None, None, None, *args)
-
-
-def described(value):
-    """A tensor by all that a kernel could see of it but its place."""
-    if not isinstance(value, torch.Tensor):
-        return type(value), value
-    return value.dtype, value.shape, value.stride(), value.data_ptr() % 16
-
-
-class Driver:
-    """A GPU that runs nothing."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """The launches since it was last cleared, and how many asked Triton what to compile."""
-    log, asked = [], []
-
-    def do_compile(self, key, *args, **kwargs):
-        kernel = self.device_caches[0][0][key] = Compiled(f"{self.__name__} {key}", log)
-        return kernel
-
-    run = JITFunction.run
-    monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
-    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **kw: (asked.append(self), run(self, *a, **kw))[1])
-    for module in (decode_attention, decode_schedule, store_kv, decode_linear):
-        monkeypatch.setattr(module, "_kept", {})
-    monkeypatch.setattr(driver, "_active", Driver())
-    for kernel in KERNELS:
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    return log, asked
 
 
 def decode(*, num_seqs=2, heads=4, query_len=1, dim=32, block_size=64, blocks=4, dtype=torch.float16, **changes):
