@@ -7,6 +7,7 @@ import torch
 
 import hf_fastattn
 from eval import cold_start, common, generate_loop, speculative
+from hf_fastattn.ops._library import has_triton
 
 CPU = torch.device("cpu")
 
@@ -62,7 +63,8 @@ def test_cost_of_a_layer_is_a_slope(monkeypatch):
 
     monkeypatch.setattr(common, "seconds", seconds)
     rows = generate_loop.measure_glue(CPU, 3, 1)
-    assert next(names) == 8
+    assert [row["attention"] for row in rows] == [*generate_loop.ATTENTIONS, *[generate_loop.LAUNCHING] * has_triton()]
+    assert next(names) == 4 * len(rows)
     for row in rows:
         assert row["us_per_layer"] == pytest.approx(100)
         assert row["us_per_step_beside_layers"] == pytest.approx(1000)
@@ -111,7 +113,7 @@ def test_command_lines_write_what_they_measured(tmp_path, capsys):
     small = ["--rounds", "1", "--device", "cpu"]
     loop = ["--models", "tiny", "--cells", "1x8", "--new-tokens", "3", *small]
     runs = {
-        "generate_loop": (generate_loop.main, loop, 14),
+        "generate_loop": (generate_loop.main, loop, 14 + has_triton()),
         "speculative": (speculative.main, ["--prompts", "1", "--new-tokens", "12", "--candidates", "3", *small], 4),
         "cold_start": (cold_start.main, ["--model", "tiny", *small], 2),
     }
