@@ -67,6 +67,7 @@ class DeviceTables:
         self.seq_lens = self.past_lens.clone()
         self.block_table = _table(rows, width).to(device)
         self._write_shared_prefixes(rows, lens)
+        self._written = self._blocks(rows, lens)
         for tensor in (self.block_table, self.past_lens, self.seq_lens, self.columns):
             torch._dynamo.mark_static_address(tensor)
         torch._dynamo.maybe_mark_dynamic(self.block_table, 1)  # a compiled step serves tables of any width
@@ -82,10 +83,17 @@ class DeviceTables:
 
     def write(self, rows: Sequence[Sequence[int]], lens: Sequence[int], columns: int) -> None:
         """Take over other rows and counts, in place: a captured step goes on reading the same tensors."""
-        self._send(_table(rows, self.width), self.block_table)
+        blocks = self._blocks(rows, lens)
+        if blocks != self._written:  # not so when a check of speculative decoding takes a few tokens back
+            self._send(_table(rows, self.width), self.block_table)
+            self._write_shared_prefixes(rows, lens)
+            self._written = blocks
         self._send(torch.tensor(lens, dtype=torch.int32), self.past_lens)
         self.columns.fill_(columns)
-        self._write_shared_prefixes(rows, lens)
+
+    def _blocks(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """Return what block table and shared prefixes follow from: all blocks, and how many of each row are full."""
+        return [list(row) for row in rows], [n // self.block_size for n in lens]
 
     def plan(self, step: Step, past: Sequence[int]) -> None:
         """Set seq_lens and key_mask for a forward pass; past: tokens of each sequence before it."""

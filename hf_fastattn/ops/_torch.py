@@ -21,6 +21,9 @@ QUERY_TILE = 1024
 MAX_PACKED = 128
 """Most queries of one key head, over its query heads, that are packed into one tile."""
 
+LEAST_MASKED = 1024
+"""Keys of the smallest mask that is kept for few queries."""
+
 STREAMED_KEYS = 2**19
 """Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache."""
 
@@ -122,7 +125,8 @@ def attend_dense(
     group = num_heads // k.shape[1]
     if plain and query_len < seq_len and group * query_len <= MAX_PACKED:
         reach = min(seq_len, window + query_len - 1)
-        mask = _last_queries_mask(query_len, reach, window, group, q.dtype, q.device)
+        room = max(1 << (reach - 1).bit_length(), LEAST_MASKED)  # the same for many steps
+        mask = _last_queries_mask(query_len, room, window, group, q.dtype, q.device)[..., room - reach :]
         return _sdpa(q, k[:, :, -reach:], v[:, :, -reach:], softmax_scale, mask)
     if plain and query_len == seq_len <= window:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
@@ -137,7 +141,7 @@ def attend_dense(
 def _last_queries_mask(
     query_len: int, seq_len: int, window: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the additive mask of the last queries, (1, 1, group * query_len, seq_len): all layers of a step share it.
+    """Return the additive mask of the last queries, (1, 1, group * query_len, seq_len); its end serves shorter ones.
 
     It holds the query_len rows ``group`` times, for heads packed as :func:`_sdpa` packs them.
     """
