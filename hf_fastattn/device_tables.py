@@ -66,8 +66,8 @@ class DeviceTables:
             self.columns = torch.tensor(columns, dtype=torch.int64, device=device)
         self.seq_lens = self.past_lens.clone()
         self.block_table = _table(rows, width).to(device)
-        self._write_shared_prefixes(rows, lens)
         self._written = self._blocks(rows, lens)
+        self._write_shared_prefixes(*self._written)
         for tensor in (self.block_table, self.past_lens, self.seq_lens, self.columns):
             torch._dynamo.mark_static_address(tensor)
         torch._dynamo.maybe_mark_dynamic(self.block_table, 1)  # a compiled step serves tables of any width
@@ -86,7 +86,7 @@ class DeviceTables:
         blocks = self._blocks(rows, lens)
         if blocks != self._written:  # not so when a check of speculative decoding takes a few tokens back
             self._send(_table(rows, self.width), self.block_table)
-            self._write_shared_prefixes(rows, lens)
+            self._write_shared_prefixes(*blocks)
             self._written = blocks
         self._send(torch.tensor(lens, dtype=torch.int32), self.past_lens)
         self.columns.fill_(columns)
@@ -149,12 +149,12 @@ class DeviceTables:
         return None if self.key_mask is None else self.key_mask[torch.tensor(index, device=self.device)]
 
     @persistent
-    def _write_shared_prefixes(self, rows: Sequence[Sequence[int]], lens: Sequence[int]) -> None:
+    def _write_shared_prefixes(self, rows: Sequence[Sequence[int]], num_full: Sequence[int]) -> None:
         """Write the shared prefixes, into the tensor that there is: a captured step reads it.
 
         A few outer levels are worth their room: kernels keep partial results for every entry that could be used.
         """
-        shared = common_prefixes(rows, [n // self.block_size for n in lens])
+        shared = common_prefixes(rows, num_full)
         outer = sum(entry[2] == 0 for entry in shared)
         if shared and (self.shared_prefixes is None or outer > len(self.shared_prefixes)):
             room = min(max(1 << (outer - 1).bit_length(), LEAST_SHARED), len(rows) - 1)
