@@ -13,6 +13,12 @@ from tests.tiny import CopiedBytes, assert_logits, assert_same, eager, feed, lef
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+@pytest.mark.parametrize(("sizes", "longest"), [({}, -1), ({"max_length": 40}, 40)])
+def test_peft_is_told_how_long_a_cache_may_become(llama, sizes, longest):
+    """By the name that caches had for it in older versions; prompt tuning asks before the first pass."""
+    assert llama.cache(**sizes).max_cache_len == longest
+
+
 def test_reset_forgets_tokens_and_keeps_memory(llama, sizes):
     cache, ids = llama.cache(**sizes), tokens(2, 30)
     llama.fast(tokens(3, 40, seed=1), past_key_values=cache, attention_mask=left_padding([40, 3, 8]))

@@ -13,7 +13,14 @@ from hf_fastattn.kv_pool import KVPool
 from tests.test_cache_machine import check_state
 from tests.tiny import CopiedBytes, assert_logits, running_out, tokens, used_blocks
 
-pytestmark = pytest.mark.usefixtures("no_grad")
+pytestmark = pytest.mark.usefixtures("no_grad", "both_ways")
+
+
+@pytest.fixture(params=["by view", "by table"])
+def both_ways(request):
+    """Every test twice: even runs of blocks viewed, as a CPU does, and blocks read by their table, as a GPU does."""
+    if request.param == "by table":
+        request.getfixturevalue("by_table")
 
 
 def forward(pair, cache, ids, mask=None):
@@ -75,6 +82,24 @@ def test_a_prompt_in_chunks_is_shared_as_far_as_it_is_known(llama):
     assert used_blocks(cache) == 4
     assert_logits(got, llama.eager(ids).logits[:, 50:], torch.ones_like(chunk, dtype=torch.bool))
     check_continuation(llama, cache, ids, steps=5)
+
+
+def test_only_full_blocks_of_a_group_are_told_to_be_shared(llama):
+    """The kernels take what is shared to lie before the queries of all."""
+    cache = llama.cache(sequences_per_prompt=2)
+    forward(llama, cache, tokens(1, 20).repeat_interleave(2, 0))
+    cache.state.refresh()
+    [tables] = cache.state.devices.values()
+    assert tables.shared_prefixes.tolist() == [[0, 2, 0, 1]]
+
+
+def test_groups_of_a_sized_cache_part_behind_the_prompt(llama):
+    """A compiled step, which comes next, could not copy the block that they share."""
+    cache = llama.cache(sequences_per_prompt=2, max_length=64)
+    forward(llama, cache, tokens(1, 20).repeat_interleave(2, 0))
+    one, two = cache.state.tables.rows
+    assert one[0] == two[0]
+    assert not set(one[1:]) & set(two[1:])
 
 
 def test_masks_that_differ_within_a_group_are_refused(llama):

@@ -11,7 +11,7 @@ import torch
 import hf_fastattn
 from hf_fastattn import PrefixStore, paged_state, pool_lock
 from hf_fastattn.kv_pool import KVPool, LayerBlocks
-from hf_fastattn.pool_lock import in_forward_pass
+from hf_fastattn.pool_lock import PoolLock, in_forward_pass
 from tests.test_cache_machine import check_state
 from tests.tiny import assert_logits, make_pair, tokens
 
@@ -220,6 +220,34 @@ def test_waiting_growth_goes_before_new_passes(pair, monkeypatch):
     last = tokens(1, 1, 999)
     everything = torch.cat([*twin_ids, last], 1)
     assert_logits(pair.fast(last, past_key_values=twin).logits, pair.eager(everything).logits[:, -1:])
+
+
+def test_a_pass_waits_for_growth_that_waits(monkeypatch):
+    """The lock alone: whoever begins a pass stays behind growth for as long as that waits."""
+    monkeypatch.setattr(pool_lock, "in_forward_pass", lambda thread: True)
+    lock, order, passes = PoolLock(free=lambda row: None), [], [threading.get_ident()]
+
+    def grow():
+        with lock:
+            lock.wait_for(lambda: list(passes))
+            order.append("growth")
+
+    def begin():
+        with lock:
+            lock.begin_pass()
+            order.append("pass")
+
+    growth, new_pass = threading.Thread(target=grow), threading.Thread(target=begin)
+    growth.start()
+    while not lock._growing:
+        time.sleep(0.001)
+    new_pass.start()
+    new_pass.join(0.5)
+    assert order == []
+    passes.clear()
+    growth.join()
+    new_pass.join()
+    assert order == ["growth", "pass"]
 
 
 def test_a_pass_that_failed_in_another_thread_holds_nobody_up(pair, monkeypatch):

@@ -134,6 +134,6 @@ AUTO_FAULTS = [
         CACHE,
         "        return self.paged_layers[0].get_max_length()",
         "        raise AttributeError",
-        ("tests/transformers/test_callers.py::test_peft_around_a_paged_model",),
+        ("tests/test_cache_operations.py::test_peft_is_told_how_long_a_cache_may_become",),
     ),
 ]
