@@ -57,6 +57,16 @@ def test_a_group_stores_its_prompt_once(llama, length, sizes):
     assert history.shape[1] == cache.get_seq_length()
 
 
+def test_the_first_of_a_group_stores_for_all(llama):
+    """Rows of a group that differ, which is the caller's error, show whose keys and values are in the blocks."""
+    cache, plain, ids = llama.cache(sequences_per_prompt=2), llama.cache(), tokens(4, 20)
+    forward(llama, cache, ids)
+    forward(llama, plain, ids[::2])
+    for got, want in zip(cache.to_dynamic().layers, plain.to_dynamic().layers, strict=True):
+        for both, one in ((got.keys, want.keys), (got.values, want.values)):
+            torch.testing.assert_close(both, one.repeat_interleave(2, 0))
+
+
 def test_padded_prompts_of_a_group_are_shared_too(llama):
     ids = tokens(2, 40).repeat_interleave(2, 0)
     mask = torch.ones_like(ids)

@@ -128,12 +128,9 @@ SHARING_FAULTS = [
     ),
     *_in(
         CACHE,
-        ("tests/compile/test_generate_launches.py", "-k", "beams"),
-        ("every sequence of a group stores", "        if step.group > 1:", "        if False:"),
-    ),
-    *_in(
-        CACHE,
         (TEST_SHARING, "-k", "group or prompt"),
+        ("every sequence of a group stores", "        if step.group > 1:", "        if False:"),
+        ("the second of a group stores", "(x[:: step.group] for x in (k, v,", "(x[1 :: step.group] for x in (k, v,"),
         ("only the first group stores", "(x[:: step.group] for x in (k, v,", "(x[:1] for x in (k, v,"),
     ),
     *_in(
