@@ -137,7 +137,7 @@ def attend_dense(
     )
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a layer with a window and one without; 64 MiB each at 128k tokens
 def _last_queries_mask(
     query_len: int, seq_len: int, window: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
