@@ -16,6 +16,7 @@ from .columns import Step
 from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
+from .ops._torch import attend_dense
 
 
 def fastattn_attention(
@@ -63,9 +64,10 @@ def fastattn_attention(
         dropout=dropout,
         position_bias=position_bias,
     )
-    _refuse_packed_cache(module, kwargs.get("position_ids"), attention_mask)
+    if attention_mask is None and query.shape[2] > 1:
+        _refuse_packed_cache(module, kwargs.get("position_ids"))
     wanted = query.dtype
-    if not query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled(query.device.type):
+    if not query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled("cpu" if query.is_cpu else query.device.type):
         query, key, value, wanted = _one_dtype(query, key, value)
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
@@ -110,14 +112,16 @@ def _paged_attention(
             mask = None if mask is None else mask.to(query.device)
         out = _dense_attention(query, k, v, mask, options)
     else:
-        step, tables = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
-        cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
+        step = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
+        if cache.state.window is not None:
+            cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
         if step.runs is not None:
             k, v = cache.extend(layer, new, step, step.runs)
             if step.fresh:  # nothing lies before: attend to the states themselves, which are warm
                 k, v = new.k, new.v
-            out = _attend_dense(query, k, v, None, options)
+            out = attend_dense(query, k, v, None, **options.prefill())
         else:
+            tables = cache.state.on(query.device)
             k_cache, v_cache = cache.store(layer, new, step, tables)
             if step.fresh:
                 key_mask = None if step.mask is None else step.mask.to(query.device)
@@ -206,13 +210,17 @@ def _attend_dense(
 
 def _last_layer(module: nn.Module, layer: PagedLayer) -> int:
     """Return the layer that a forward pass ends with, as the config says at run time (early exit lowers its number)."""
-    config = getattr(module, "config", layer.cache.config)
-    return getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers) - 1
+    config = getattr(module, "config", None)
+    layers = vars(config).get("num_hidden_layers") if config is not None else None  # asking the config is slow
+    if layers is None:
+        own = layer.cache.config.num_hidden_layers
+        layers = getattr(config, "num_hidden_layers", own)
+    return layers - 1
 
 
-def _refuse_packed_cache(module: nn.Module, position_ids: Any, mask: Tensor | None) -> None:
-    """Raise if several sequences are packed into a row while a cache is filled: they would see each other."""
-    if mask is not None or getattr(module, "layer_idx", None) != 0 or torch.compiler.is_dynamo_compiling():
+def _refuse_packed_cache(module: nn.Module, position_ids: Any) -> None:
+    """Raise if several sequences are packed into a row that no mask parts, as they would see each other."""
+    if getattr(module, "layer_idx", None) != 0 or torch.compiler.is_dynamo_compiling():
         return
     if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] == 1:
         return

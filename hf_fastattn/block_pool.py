@@ -199,10 +199,11 @@ class BlockTables:
 
     def missing(self, capacities: Sequence[int], group: int = 1) -> int:
         """Return how many blocks the sequences lack to hold that many tokens each, see :meth:`reserve`."""
-        return sum(
-            max(self.blocks_for(tokens) - len(row), 0)
-            for tokens, row in zip(capacities[::group], self.rows[::group], strict=True)
-        )
+        missing, size = 0, self.block_size
+        for tokens, row in zip(capacities[::group], self.rows[::group], strict=True):
+            if tokens > len(row) * size:
+                missing += self.blocks_for(tokens) - len(row)
+        return missing
 
     def reserve(self, capacities: Sequence[int], group: int = 1) -> bool:
         """Give each sequence blocks for that many tokens; return whether any block was added.

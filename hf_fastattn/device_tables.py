@@ -28,6 +28,7 @@ class DeviceTables:
     """The tensors that kernels on one device read.
 
     Attributes:
+        on_host: the device is a CPU.
         block_table: (num_seqs, max_blocks) int32, -1 padded.
         past_lens: (num_seqs,) int32, tokens stored by complete forward passes.
         seq_lens: (num_seqs,) int32, the same with the tokens of the current pass, unless the pass has ``runs``.
@@ -53,11 +54,11 @@ class DeviceTables:
         block_size: int,
         device: torch.device,
     ) -> None:
-        self.device, self.block_size = device, block_size
+        self.device, self.block_size, self.on_host = device, block_size, device.type == "cpu"
         self.key_mask: Tensor | None = None
         self.shared_prefixes: Tensor | None = None
         self._past = self._columns = None  # the buffers behind past_lens and columns, on a CPU
-        if device.type == "cpu" and lens:
+        if self.on_host and lens:
             self._past, self._columns = array("i", lens), array("q", [columns])
             self.past_lens = torch.frombuffer(self._past, dtype=torch.int32)
             self.columns = torch.frombuffer(self._columns, dtype=torch.int64).view(())

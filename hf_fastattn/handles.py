@@ -50,15 +50,11 @@ class Handle:
 
     def __init__(self, new: NewStates, side: int) -> None:
         self.new, self.side = new, side
+        self.states = new.v if side else new.k  # the new ones alone
 
     def materialize(self) -> Tensor:
         """Return the dense tensor."""
         return self.new.touch()[self.side]
-
-    @property
-    def states(self) -> Tensor:
-        """The new states alone."""
-        return self.new.v if self.side else self.new.k
 
     @property
     def shape(self) -> torch.Size:

@@ -19,6 +19,7 @@ from .columns import Columns, Step
 from .device_tables import DeviceTables, keep_tables
 from .kv_pool import KVPool, move_blocks
 from .pool_lock import PoolLock, in_forward_pass, locked
+from .run_views import RunViews
 
 GROWTH_SLACK = 256
 """Tokens per sequence that an unsized cache makes room for beyond its first forward pass."""
@@ -67,6 +68,7 @@ class PagedState:
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
         self._runs: EvenRuns | Literal[False] | None = False  # of the tables; False before anybody asked
+        self.views = RunViews()  # of the tokens in these runs
         self.elastic = False  # max_length was chosen for the speed of one call, and is no limit
         self.prefix_hits = (0, 0)  # tokens asked of a prefix store, tokens that it had
         self.prefix_root: Any = None  # the store's key for what was asked of it
@@ -348,8 +350,9 @@ class PagedState:
         lens = step.lens
         if step.positions is not None or self._group > 1 or min(lens) != max(lens):
             return None
-        if any(device.type != "cpu" or tables.key_mask is not None for device, tables in self.devices.items()):
-            return None
+        for tables in self.devices.values():
+            if not tables.on_host or tables.key_mask is not None:
+                return None
         if self._runs is False:
             self._runs = self.tables.even_runs()
         return self._runs or None
@@ -357,6 +360,7 @@ class PagedState:
     def refresh(self) -> None:
         """Write the host's tables and lengths to every device, in place where the shapes allow."""
         self._runs = False
+        self.views.clear()
         for device, old in list(self.devices.items()):
             if old.fits(self.tables.rows):
                 old.write(self.tables.rows, self.tables.lens, self.columns)

@@ -41,11 +41,13 @@ class PoolLock:
         """Hold the lock; a thread may take it again."""
         self._condition.acquire()
         self._depth += 1
-        self._take_back()
+        if self._dropped:
+            self._take_back()
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._take_back()
+            if self._dropped:
+                self._take_back()
         finally:
             self._depth -= 1
             self._condition.release()
@@ -68,7 +70,8 @@ class PoolLock:
 
     def end_pass(self) -> None:
         """Tell who waits; the lock is held."""
-        self._condition.notify_all()
+        if self._growing:
+            self._condition.notify_all()
 
     def wait_for(self, others: Callable[[], list[int]]) -> None:
         """Wait until no other thread is in a forward pass; the lock is held, and not held while waiting.

@@ -51,7 +51,8 @@ def define_op(
     direct = DIRECT[name] = {"cpu": implementation, "cuda": on_cuda}
 
     def call(*args: Any) -> Any:
-        run = direct.get(args[0].device.type) if _is_plain(args[0]) else None
+        tensor = args[0]
+        run = direct.get("cpu" if tensor.is_cpu else tensor.device.type) if _is_plain(tensor) else None
         return op(*args) if run is None else run(*args)
 
     return call

@@ -24,6 +24,9 @@ MAX_PACKED = 128
 LEAST_MASKED = 1024
 """Keys of the smallest mask that is kept for few queries."""
 
+REREAD_KEYS = 2**17
+"""Bytes of one head's keys up to which its query heads read them one after the other, from a processor's cache."""
+
 STREAMED_KEYS = 2**19
 """Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache."""
 
@@ -237,11 +240,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
     """Call PyTorch's attention without causality; few queries are packed by key head so that keys are read once."""
     num_seqs, num_heads, query_len, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    if query_len == 1:  # the query heads of a key head become queries
-        packed = q.reshape(num_seqs, num_kv_heads, -1, head_dim)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=softmax_scale)
-        return out.reshape(num_seqs, 1, num_heads, v.shape[3])
     group = num_heads // num_kv_heads
+    if query_len == 1:
+        if group > 1 and k.shape[2] * head_dim * k.element_size() > REREAD_KEYS:  # query heads become queries
+            q = q.reshape(num_seqs, num_kv_heads, group, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
+        return out.reshape(num_seqs, 1, num_heads, v.shape[3])
     if group > 1 and group * query_len <= MAX_PACKED:
         packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)
         if mask is not None and mask.shape[2] == query_len:
