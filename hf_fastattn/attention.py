@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .cache import PagedLayer
 from .columns import Step
+from .dense_reading import column_mask, refuse_freed
 from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
 from .ops._torch import attend_dense
+from .paged_layer import PagedLayer
 
 
 def fastattn_attention(
@@ -66,8 +67,11 @@ def fastattn_attention(
     )
     if attention_mask is None and query.shape[2] > 1:
         _refuse_packed_cache(module, kwargs.get("position_ids"))
-    wanted = query.dtype
-    if not query.dtype == key.dtype == value.dtype or torch.is_autocast_enabled("cpu" if query.is_cpu else query.device.type):
+    wanted, device = (
+        query.dtype,
+        "cpu" if query.is_cpu else query.device.type,
+    )  # a device takes its time
+    if not wanted == key.dtype == value.dtype or torch.is_autocast_enabled(device):
         query, key, value, wanted = _one_dtype(query, key, value)
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
@@ -106,9 +110,9 @@ def _paged_attention(
     if cache.made_dense or not ours or reason_to_fall_back(query, new.v, options):
         k, v = cache.store_dense(new, commit=False)
         if mask is not None and not ours:
-            cache.refuse_freed(mask)
+            refuse_freed(cache.state, mask)
         if mask is None:  # one query over blocks needs no mask, but dense keys have columns for padding
-            mask = cache.column_mask()
+            mask = column_mask(cache.state)
             mask = None if mask is None else mask.to(query.device)
         out = _dense_attention(query, k, v, mask, options)
     else:
@@ -210,12 +214,11 @@ def _attend_dense(
 
 def _last_layer(module: nn.Module, layer: PagedLayer) -> int:
     """Return the layer that a forward pass ends with, as the config says at run time (early exit lowers its number)."""
-    config = getattr(module, "config", None)
-    layers = vars(config).get("num_hidden_layers") if config is not None else None  # asking the config is slow
+    config = getattr(module, "config", layer.cache.config)
+    layers = vars(config).get("num_hidden_layers")  # a config takes its time to answer
     if layers is None:
-        own = layer.cache.config.num_hidden_layers
-        layers = getattr(config, "num_hidden_layers", own)
-    return layers - 1
+        layers = getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers)
+    return int(layers) - 1
 
 
 def _refuse_packed_cache(module: nn.Module, position_ids: Any) -> None:

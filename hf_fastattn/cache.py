@@ -7,26 +7,25 @@ mask; so padding is never stored and decoding needs no mask. Under another atten
 that computes with keys and values itself, the same cache stores every column and returns dense tensors.
 """
 
-import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from . import ops
-from .block_pool import NO_BLOCK, BlockPoolExhausted, EvenRuns
+from .block_pool import BlockPoolExhausted, EvenRuns
 from .columns import Step
+from .dense_reading import read_dense
 from .device_tables import DeviceTables
-from .handles import Handle, NewStates
-from .kv_pool import MEMORY_FULL, KVPool, LayerBlocks, persistent
+from .handles import NewStates
+from .kv_pool import MEMORY_FULL, KVPool, LayerBlocks
 from .model_config import last_caching_layer, layer_types, text_config, window_of_all_layers
 from .offload import offloaded_layers
+from .paged_layer import PagedLayer, refuse_export
 from .paged_state import PagedState
 from .run_views import TokenViews, view_tokens
 from .stats import CacheStats, cache_stats
@@ -36,138 +35,6 @@ IMPLEMENTATION = "fastattn"
 
 BLOCK_SIZE = 64
 """Tokens per block where nobody says otherwise."""
-
-
-def _refuse_export() -> None:
-    if torch.compiler._is_exporting_flag:  # torch 2.11's compiler takes is_exporting() itself for True
-        raise RuntimeError(
-            "a PagedCache cannot be exported: its block tables change on the host between forward passes. Export "
-            "the model with another cache, or compile it with torch.compile"
-        )
-
-
-def _under_autocast(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a layer's first states as they are stored: under autocast both in its dtype, which later ones follow."""
-    if not torch.is_autocast_enabled(k.device.type) or k.dtype == torch.float64:
-        return k, v
-    dtype = torch.get_autocast_dtype(k.device.type)
-    return k.to(dtype), v.to(dtype)
-
-
-class PagedLayer(CacheLayerMixin):
-    """One layer of a :class:`PagedCache`: its part of the block pool."""
-
-    is_croppable = True
-    is_sliding = False  # every layer keeps all tokens; a window is applied when attending
-
-    def __init__(self, cache: "PagedCache", layer_idx: int, blocks: LayerBlocks) -> None:
-        self._cache = weakref.ref(cache)  # no cycle: a cache that nobody holds gives its blocks back at once
-        self.layer_idx, self.blocks = layer_idx, blocks
-        self.is_initialized = False
-
-    @property
-    def cache(self) -> "PagedCache":
-        """The cache that the layer belongs to, which must be alive."""
-        cache = self._cache()
-        assert cache is not None, "a layer of a PagedCache was used after its cache was gone"
-        return cache
-
-    @property
-    def k_cache(self) -> Tensor | None:
-        """The layer's keys where they are kept, (num_blocks, block_size, num_kv_heads, head_dim); None before use."""
-        return self.blocks.k_cache if self.is_initialized else None
-
-    @property
-    def v_cache(self) -> Tensor | None:
-        """The layer's values, like :attr:`k_cache`."""
-        return self.blocks.v_cache if self.is_initialized else None
-
-    @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
-        """Whether a decode step over the cache can be compiled and captured."""
-        return self.cache.is_compileable
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """All keys as a dense copy, (num_seqs, num_kv_heads, columns, head_dim); columns never stored are 0."""
-        with self.cache.state.lock:
-            return None if self.k_cache is None else self.cache.dense(self, None)[0]
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """All values as a dense copy, like :attr:`keys`."""
-        with self.cache.state.lock:
-            return None if self.v_cache is None else self.cache.dense(self, None)[1]
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences in the cache, -1 before its first use."""
-        return self.cache.state.num_seqs or -1
-
-    @torch.compiler.disable
-    @persistent
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the layer's blocks from the shapes of its first states."""
-        state = self.cache.state
-        if state.num_seqs == 0:
-            state.memory.drop_misfits(self.layer_idx, key_states)
-            with self.cache.explain_exhaustion(key_states):
-                state.add_batch(key_states.shape[0], key_states.shape[2])
-        state.on(key_states.device)
-        with self.cache.explain_exhaustion(key_states):
-            state.memory.allocate(self.layer_idx, key_states, value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Take new states; return handles for the attention function, or dense tensors (see the module's docstring)."""
-        _refuse_export()
-        if not self.is_initialized:
-            key_states, value_states = _under_autocast(key_states, value_states)
-            self.lazy_initialization(key_states, value_states)
-        k_dtype, v_dtype = self.blocks.dtypes
-        if key_states.dtype != k_dtype or value_states.dtype != v_dtype:
-            key_states, value_states = key_states.to(k_dtype), value_states.to(v_dtype)
-        cache = self.cache
-        new, step = NewStates(self, key_states, value_states, cache), cache.state.step
-        if (step is not None and step.handles and self.layer_idx > step.first_layer) or cache.uses_handles:
-            return Handle(new, 0), Handle(new, 1)
-        return cache.store_dense(new, handles=False)
-
-    def touch(self, pair: NewStates) -> tuple[Tensor, Tensor]:
-        """Serve code that computes with a handle: dense tensors, from now on."""
-        if not self.cache.made_dense:
-            warnings.warn(
-                "a model computes with cached keys or values itself: PagedCache hands out dense copies of them at "
-                "every step, which is slower than DynamicCache",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return self.cache.store_dense(pair)
-
-    def columns_with(self, query_len: int) -> int:
-        """Columns of the layer with so many new ones."""
-        return self.cache.state.columns + query_len
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (kv_length, kv_offset); the negative capacity tells our mask function that the cache is paged."""
-        return self.cache.mask_sizes(query_length)
-
-    def get_seq_length(self) -> int:
-        """Return the columns seen by complete forward passes, padding included."""
-        return self.cache.columns() if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """Return the most tokens per sequence, -1 without a limit."""
-        return -1 if self.cache.state.max_length is None else self.cache.state.max_length
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        self.cache.reset()
-
-    def _whole_cache(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("the layers of a PagedCache share their blocks: call this on the cache, not on one layer")
-
-    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = offload = prefetch = _whole_cache
 
 
 class PagedCache(Cache):
@@ -207,7 +74,7 @@ class PagedCache(Cache):
         offload: bool = False,
         pool: KVPool | None = None,
     ) -> None:
-        _refuse_export()
+        refuse_export()
         self.config = text_config(config)
         if block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256 tokens, got {block_size}")
@@ -330,74 +197,13 @@ class PagedCache(Cache):
             step.handles = handles
         tables = self.state.on(new.k.device)
         self.store(layer, new, step, tables)
-        dense = self.dense(layer, step)
+        dense = read_dense(self.state, layer.blocks, step)
         if torch.is_grad_enabled() and (new.k.requires_grad or new.v.requires_grad):
             past = slice(0, self.state.columns)
             dense = torch.cat([dense[0][:, :, past], new.k], 2), torch.cat([dense[1][:, :, past], new.v], 2)
         if commit and layer.layer_idx == last_caching_layer(self.config):
             self.state.commit()
         return dense
-
-    def dense(self, layer: PagedLayer, step: Step | None) -> tuple[Tensor, Tensor]:
-        """Copy a layer's keys and values out of the blocks, (num_seqs, num_kv_heads, columns, head_dim) each.
-
-        Columns that were never stored, or that a sliding window has left behind and whose blocks were freed, are 0.
-
-        Args:
-            layer: whose.
-            step: the forward pass whose columns are wanted too; None for those of complete ones.
-        """
-        caches = layer.blocks.fetch(self.state, step)
-        slots, stored = self._slots(caches[0].device, step)
-        missing = ~stored | (slots < 0)
-        return tuple(
-            cache.flatten(0, 1)[slots.clamp(min=0)].masked_fill(missing[:, :, None, None], 0).transpose(1, 2)
-            for cache in caches
-        )  # type: ignore[return-value]
-
-    def _slots(self, device: torch.device, step: Step | None) -> tuple[Tensor, Tensor]:
-        """Return where each column's token is, (num_seqs, columns) int64, negative where it was freed, and a mask.
-
-        The mask, (num_seqs, columns) bool, says which columns were stored at all; slots of others mean nothing.
-        """
-        state = self.state
-        if step is None:
-            state.sync()
-        columns = state.columns + (step.query_len if step is not None else 0)
-        stored = torch.ones(state.num_seqs, columns, dtype=torch.bool, device=device)
-        known = step.stored if step is not None else state.padding.stored
-        if known is not None:
-            stored[:, : known.shape[1]] = known.to(device)
-        positions = (stored.cumsum(1) - 1).clamp(min=0)
-        blocks = state.on(device).block_table.long().gather(1, positions // state.block_size)
-        return blocks * state.block_size + positions % state.block_size, stored
-
-    def refuse_freed(self, mask: Tensor) -> None:
-        """Check that a mask over queries and keys shows no freed column of the current forward pass.
-
-        Args:
-            mask: (num_seqs or 1, num_heads or 1, query_len, columns) bool, or additive.
-
-        Raises:
-            ValueError: it shows columns behind the model's sliding window, whose blocks were freed.
-        """
-        if not any(row and row[0] == NO_BLOCK for row in self.state.tables.rows):
-            return
-        slots, stored = self._slots(mask.device, self.state.step)
-        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if bool((shown & (stored & (slots < 0))[:, None, None]).any()):
-            raise ValueError(
-                f"the attention mask shows keys that lie behind the model's window of {self.state.window} tokens and "
-                "were freed: start from an empty cache, or pass max_length to PagedCache, which keeps all keys"
-            )
-
-    def column_mask(self) -> Tensor | None:
-        """Return which columns the current forward pass may see, (num_seqs, 1, 1, columns) int8; None for all."""
-        step = self.state.step
-        if step is None or step.seen is None:
-            return None
-        later = self.state.columns + step.query_len - step.seen.shape[1]  # behind the last mask everything is seen
-        return F.pad(step.seen.to(torch.int8), (0, later), value=1)[:, None, None]
 
     def columns(self) -> Any:
         """Return the columns of complete forward passes: an int, or a tensor inside a compiled graph."""
@@ -565,7 +371,7 @@ class PagedCache(Cache):
     def to_dynamic(self) -> DynamicCache:
         """Return a DynamicCache with the same contents; columns never stored or freed are 0, and a mask hides them."""
         with self.state.lock:  # no other thread lets the pool grow meanwhile
-            data = [self.dense(layer, None) for layer in self.paged_layers if layer.is_initialized]
+            data = [read_dense(self.state, layer.blocks) for layer in self.paged_layers if layer.is_initialized]
         return DynamicCache(data)
 
     @classmethod

@@ -169,19 +169,21 @@ class PagedState:
                 "own; caches that fork() made share what they have in common"
             )
         self.sync()
+        columns = self.columns
         num_seqs, _, query_len, _ = new.shape
-        if self.columns == 0 and num_seqs != self.num_seqs:
+        if columns == 0 and num_seqs != self.num_seqs:
             self.release()  # the batch of a first forward pass that failed, or of early initialization
         if self.num_seqs == 0:
             self.add_batch(num_seqs, query_len)
         self.on(new.device)
         if num_seqs != self.num_seqs:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
-        step = Step(query_len, self.columns == 0, layer_idx)
+        step = Step(query_len, columns == 0, layer_idx)
         self.padding.plan(step, self.tables.lens, mask, mask_known=mask_known, group=self._group)
-        if self.sharing and self.columns and (step.rests or self.columns + query_len > self.prompt_columns):
-            self._end_sharing()
-        step.group = self._group
+        if self.sharing:
+            if columns and (step.rests or columns + query_len > self.prompt_columns):
+                self._end_sharing()
+            step.group = self._group
         self._reserve(step.lens)
         if not traced and new.is_cpu:
             step.runs = self._find_runs(step)
@@ -348,7 +350,7 @@ class PagedState:
     def _find_runs(self, step: Step) -> EvenRuns | None:
         """Return where the tokens lie if sequences of one length can be read and written as one view."""
         lens = step.lens
-        if step.positions is not None or self._group > 1 or min(lens) != max(lens):
+        if step.positions is not None or step.group > 1 or min(lens) != max(lens):
             return None
         for tables in self.devices.values():
             if not tables.on_host or tables.key_mask is not None:

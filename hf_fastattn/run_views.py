@@ -46,9 +46,7 @@ class RunViews:
         return views[tokens - first] if 0 <= tokens - first < len(views) else None
 
     @persistent
-    def make(
-        self, layer_idx: int, caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: range
-    ) -> None:
+    def make(self, layer_idx: int, caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: range) -> None:
         """Make a layer's views of so many tokens, for the first steps of ``tokens``; see :func:`view_tokens`."""
         views = [view_tokens(caches, num_seqs, runs, count, 1) for count in tokens[:STEPS_AHEAD]]
         self._made[layer_idx] = tokens[0], views

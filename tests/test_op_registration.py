@@ -1,9 +1,13 @@
 """The ops as torch.library knows them: opcheck, fake tensors, one graph under torch.compile."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from hf_fastattn import ops
+from hf_fastattn.ops import _library
 from tests.op_calls import Call, Store
 
 
@@ -35,6 +39,26 @@ def test_store_is_well_registered():
     caches = [cache.zero_() for cache in store.caches]
     args = (store.k, store.v, *caches, store.block_table, store.past_lens, None)
     torch.library.opcheck(torch.ops.hf_fastattn.store_kv.default, args)
+
+
+def test_where_gradients_are_needed_pytorch_computes_them(monkeypatch):
+    pytest.importorskip("triton")
+    launched = []
+    launcher = SimpleNamespace(launch=lambda *args: launched.append(args))
+    monkeypatch.setitem(sys.modules, "hf_fastattn.kernels.prefill_attention", launcher)
+    _library._warn_slow.cache_clear()
+    on_cuda = _library._kernel_or("prefill_attention", _library.DIRECT["prefill_attention"]["cpu"])
+    q, k = torch.randn(1, 4, 8, 32, requires_grad=True), torch.randn(1, 2, 8, 32)
+    args = (q, k, k, None, None, None, None, None, 0.3, True, ops.NO_WINDOW, 0.0)
+    with pytest.warns(RuntimeWarning, match="prefill_attention runs through PyTorch, slower: gradients are needed"):
+        on_cuda(*args).sum().backward()
+    want = torch.autograd.grad(ops.prefill_attention(q, k, k, softmax_scale=0.3).sum(), q)[0]
+    assert torch.equal(q.grad, want)
+    assert not launched
+    with torch.no_grad():
+        on_cuda(*args)
+    on_cuda(q.detach(), *args[1:])
+    assert len(launched) == 2
 
 
 def attention_step(q, k, v, k_cache, v_cache, block_table, past_lens):

@@ -76,6 +76,9 @@ def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., A
         return launcher.launch, (unsupported, too_large)
 
     def on_cuda(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            _warn_slow(name, "gradients are needed, which its kernel does not give")
+            return implementation(*args)
         if not has_triton():
             _warn_slow(name, "Triton is not installed")
             return implementation(*args)

@@ -66,7 +66,7 @@ def attend_paged(
             k, v = (view_runs(cache, num_seqs, lens[0] - first * size, *run) for cache in (k_cache, v_cache))
             mask = None if key_mask is None else key_mask[:, first * size :]
             return attend_dense(q, k, v, mask, sinks, **options)
-    plain = key_mask is None and sinks is None and softcap == 0.0 and window >= max(lens, default=0)
+    plain = key_mask is None and sinks is None and softcap == 0.0 and (not causal or window >= max(lens, default=0))
     if plain and query_len == 1 and query_positions is None and q.is_cpu and q.shape[3] == v_cache.shape[3]:
         return attend_pieces(q, k_cache, v_cache, block_table, lens, shared_prefixes, softmax_scale)
     out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])

@@ -5,6 +5,7 @@ from .faults import Fault
 AUTO = "hf_fastattn/auto.py"
 LEASES = "hf_fastattn/leases.py"
 CACHE = "hf_fastattn/cache.py"
+LAYER = "hf_fastattn/paged_layer.py"
 STATE = "hf_fastattn/paged_state.py"
 TEST_AUTO = "tests/transformers/test_auto.py::test_"
 TEST_LEASES = "tests/transformers/test_leases.py::test_"
@@ -117,16 +118,16 @@ AUTO_FAULTS = [
     ),
     Fault(
         "layers keep their cache alive",
-        CACHE,
+        LAYER,
         "self._cache = weakref.ref(cache)  # no cycle",
         "self._cache = lambda: cache  # no cycle",
         (f"{TEST_LEASES}idle_pool_is_reused_and_released",),
     ),
     Fault(
         "a handle does not keep its cache",
-        CACHE,
-        "new = NewStates(self, key_states, value_states, self.cache)",
-        "new = NewStates(self, key_states, value_states)",
+        LAYER,
+        "NewStates(self, key_states, value_states, cache)",
+        "NewStates(self, key_states, value_states)",
         ("tests/test_cache_modes.py::test_touching_a_handle_warns_once",),
     ),
     Fault(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 OPS = ("tests/test_ops.py", "tests/test_op_arguments.py", "-k", "not any_")
 BLOCKS = ("tests/test_block_pool.py",)
+VIEWS = ("tests/test_run_views.py",)
 CACHE = (
     *(f"tests/test_{name}.py" for name in ("paged_cache", "cache_operations", "cache_failures", "cache_modes")),
     *("-k", "not compiled and not export"),
@@ -168,11 +169,11 @@ FAULTS = [
             "            tables.key_mask = tables.selected_key_mask(index)\n",
             "            pass\n",
         ),
-        ("a failed first pass fixes the batch", "if self.columns == 0 and num_seqs != self.num_seqs:", "if False:"),
+        ("a failed first pass fixes the batch", "if columns == 0 and num_seqs != self.num_seqs:", "if False:"),
         ("max_length not enforced", "if self.max_length is not None and max(lens) > self.max_length:", "if False:"),
-        ("runs of yesterday", "        self._runs = False\n        for device", "        for device"),
+        ("runs of yesterday", "        self._runs = False\n        self.views", "        self.views"),
         ("sequences of several lengths are viewed as one", "or min(lens) != max(lens):", "or False:"),
-        ("hidden keys are viewed", "or tables.key_mask is not None for device", "for device"),
+        ("hidden keys are viewed", "if not tables.on_host or tables.key_mask is not None:", "if not tables.on_host:"),
     ),
     *_in(
         "device_tables.py",
@@ -193,8 +194,35 @@ FAULTS = [
     ),
     *_in(
         "cache.py",
-        CACHE,
-        ("new keys overwrite the oldest", "k.narrow(2, tokens - query_len, query_len)", "k.narrow(2, 0, query_len)"),
+        VIEWS,
+        ("views end at the first block", "range(tokens, room + 1)", "range(tokens, state.block_size + 1)"),
+        ("views of blocks that nobody owns", "range(tokens, room + 1)", "range(tokens, room + 9)"),
+    ),
+    *_in(
+        "ops/_library.py",
+        ("tests/test_op_registration.py", "-k", "gradients"),
+        ("kernels drop gradients", "if torch.is_grad_enabled() and any(", "if False and any("),
+    ),
+    *_in(
+        "paged_state.py",
+        VIEWS,
+        ("views of yesterday", "        self.views.clear()\n", ""),
+    ),
+    *_in(
+        "run_views.py",
+        VIEWS,
+        ("views that only inference mode may write to", "    @persistent\n    def make(", "    def make("),
+        ("new keys overwrite the oldest", "x.narrow(2, tokens - query_len, query_len)", "x.narrow(2, 0, query_len)"),
+        ("views of an earlier step", "return views[tokens - first]", "return views[0]"),
+    ),
+    *_in(
+        "ops/_torch.py",
+        OPS,
+        (
+            "query heads packed across key heads",
+            "q = q.reshape(num_seqs, num_kv_heads, group, head_dim)",
+            "q = q.reshape(num_seqs, group, num_kv_heads, head_dim).transpose(1, 2)",
+        ),
     ),
     *_in(
         "columns.py",
@@ -242,14 +270,18 @@ FAULTS = [
             "if step is None:\n            if torch",
         ),
         (
-            "dense columns out of order",
-            "positions = (stored.cumsum(1) - 1).clamp(min=0)",
-            "positions = torch.arange(columns, device=device).expand_as(stored)",
-        ),
-        (
             "gradients lost in the blocks",
             "if torch.is_grad_enabled() and (new.k.requires_grad or new.v.requires_grad):",
             "if False:",
+        ),
+    ),
+    *_in(
+        "dense_reading.py",
+        CACHE,
+        (
+            "dense columns out of order",
+            "positions = (stored.cumsum(1) - 1).clamp(min=0)",
+            "positions = torch.arange(columns, device=device).expand_as(stored)",
         ),
     ),
     *_in(
@@ -273,7 +305,7 @@ FAULTS = [
         ),
         (
             "padding columns seen when a cache turns dense",
-            "            mask = cache.column_mask()\n",
+            "            mask = column_mask(cache.state)\n",
             "            pass\n",
         ),
         ("window dropped", "window=sliding_window or ops.NO_WINDOW,", "window=ops.NO_WINDOW,"),

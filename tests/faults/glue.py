@@ -6,6 +6,8 @@ POOL = "hf_fastattn/kv_pool.py"
 ATTENTION = "hf_fastattn/attention.py"
 MASKS = "hf_fastattn/masks.py"
 CACHE = "hf_fastattn/cache.py"
+LAYER = "hf_fastattn/paged_layer.py"
+DENSE = "hf_fastattn/dense_reading.py"
 STATE = "hf_fastattn/paged_state.py"
 FALLBACK = "hf_fastattn/fallback.py"
 HANDLES = "hf_fastattn/handles.py"
@@ -153,7 +155,7 @@ GLUE_FAULTS = [
     ),
     Fault(
         "dense view counts tokens, not columns",
-        CACHE,
+        DENSE,
         "positions = (stored.cumsum(1) - 1).clamp(min=0)",
         "positions = torch.arange(columns, device=device).expand(state.num_seqs, -1)",
         ("tests/transformers/test_caches.py::test_layers_keys_and_values_are_dense_columns",),
@@ -182,7 +184,7 @@ GLUE_FAULTS = [
     Fault(
         "padding forgotten when a step goes dense",
         ATTENTION,
-        "mask = cache.column_mask()",
+        "mask = column_mask(cache.state)",
         "mask = None",
         ("tests/transformers/test_fallback.py::test_single_query_with_gradients_over_a_padded_cache",),
     ),
@@ -252,7 +254,7 @@ GLUE_FAULTS = [
     Fault(
         "pass ends with the cache's last layer only",
         ATTENTION,
-        'return getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers) - 1',
+        "return int(layers) - 1",
         "return len(layer.cache.layers) - 1",
         ("tests/transformers/test_other_models.py::test_forward_passes_may_end_early",),
     ),
@@ -349,14 +351,14 @@ GLUE_FAULTS = [
     ),
     Fault(
         "autocast leaves what is stored in two dtypes",
-        CACHE,
+        LAYER,
         "    return k.to(dtype), v.to(dtype)\n",
         "    return k, v\n",
         ("tests/transformers/test_autocast.py::test_ops_run_in_autocasts_dtype",),
     ),
     Fault(
         "what is stored changes its dtype",
-        CACHE,
+        LAYER,
         "            key_states, value_states = key_states.to(k_dtype), value_states.to(v_dtype)\n",
         "            pass\n",
         ("tests/transformers/test_autocast.py::test_the_first_step_decides_what_is_stored",),

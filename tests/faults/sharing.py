@@ -79,14 +79,14 @@ SHARING_FAULTS = [
         (TEST_SHARING, "-k", "group or prompt or fork or common or chunks"),
         (
             "sequences of a group never part",
-            "            self._end_sharing()\n        step.group",
-            "            pass\n        step.group",
+            "                self._end_sharing()\n            step.group",
+            "                pass\n            step.group",
         ),
         ("a sized cache's groups do not part", "        if self.sharing and self.reserved:", "        if False:"),
         (
             "chunks of a prompt are not shared",
-            "self.columns + query_len > self.prompt_columns)",
-            "self.columns + query_len > 0)",
+            "columns + query_len > self.prompt_columns)",
+            "columns + query_len > 0)",
         ),
         (
             "a fork owns nothing",

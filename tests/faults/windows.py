@@ -3,6 +3,7 @@
 from .faults import Fault
 
 STATE, CACHE = "hf_fastattn/paged_state.py", "hf_fastattn/cache.py"
+DENSE = "hf_fastattn/dense_reading.py"
 STORE, LOCK = "hf_fastattn/prefix_store.py", "hf_fastattn/pool_lock.py"
 TORCH, AUTO = "hf_fastattn/ops/_torch.py", "hf_fastattn/auto.py"
 CONFIG = "hf_fastattn/model_config.py"
@@ -35,14 +36,18 @@ WINDOW_FAULTS = [
         ),
     ),
     *_in(
-        CACHE,
+        DENSE,
         (WINDOWS, "-k", "dense or mask or another or keep_prefix"),
-        ("dense readers get another's keys", "missing = ~stored | (slots < 0)", "missing = ~stored"),
+        ("dense readers get another's keys", "missing = (~stored | (slots < 0))", "missing = (~stored)"),
         (
             "masks may show freed keys",
             "if bool((shown & (stored & (slots < 0))",
             "if False and bool((shown & (stored & (slots < 0))",
         ),
+    ),
+    *_in(
+        CACHE,
+        (WINDOWS, "-k", "dense or mask or another or keep_prefix"),
         ("keep_prefix keeps what is gone", "if not self.state.can_go_back(kept):", "if False:"),
     ),
     *_in(
@@ -74,7 +79,7 @@ WINDOW_FAULTS = [
         (WINDOWS,),
         (
             "freed blocks are counted in a view",
-            "tokens = step.lens[0] - freed * self.state.block_size",
+            "tokens = step.lens[0] - runs.freed * self.state.block_size",
             "tokens = step.lens[0]",
         ),
     ),
