@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .block_pool import EvenRuns
-from .kv_pool import persistent
 from .ops._views import view_runs
 
 STEPS_AHEAD = 8
@@ -45,7 +44,6 @@ class RunViews:
         first, views = self._made.get(layer_idx, (0, []))
         return views[tokens - first] if 0 <= tokens - first < len(views) else None
 
-    @persistent
     def make(self, layer_idx: int, caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: range) -> None:
         """Make a layer's views of so many tokens, for the first steps of ``tokens``; see :func:`view_tokens`."""
         views = [view_tokens(caches, num_seqs, runs, count, 1) for count in tokens[:STEPS_AHEAD]]

@@ -211,7 +211,6 @@ FAULTS = [
     *_in(
         "run_views.py",
         VIEWS,
-        ("views that only inference mode may write to", "    @persistent\n    def make(", "    def make("),
         ("new keys overwrite the oldest", "x.narrow(2, tokens - query_len, query_len)", "x.narrow(2, 0, query_len)"),
         ("views of an earlier step", "return views[tokens - first]", "return views[0]"),
     ),
