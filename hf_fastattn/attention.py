@@ -2,6 +2,7 @@
 
 Over a PagedCache the keys and values are handles: the new states are stored into blocks, then prefill_attention or
 decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache) take the same ops without a block table.
+Where a CPU can view all blocks as dense tensors, PyTorch's implementation of both ops reads the views.
 What the ops cannot do (gradients, dropout, additive masks) goes to PyTorch, see :mod:`hf_fastattn.fallback`.
 """
 
