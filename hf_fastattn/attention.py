@@ -2,7 +2,6 @@
 
 Over a PagedCache the keys and values are handles: the new states are stored into blocks, then prefill_attention or
 decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache) take the same ops without a block table.
-Where a CPU can view all blocks as dense tensors, PyTorch's implementation of both ops reads the views.
 What the ops cannot do (gradients, dropout, additive masks) goes to PyTorch, see :mod:`hf_fastattn.fallback`.
 """
 
@@ -17,7 +16,6 @@ from .dense_reading import column_mask, refuse_freed
 from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
-from .ops._torch import attend_dense
 from .paged_layer import PagedLayer
 
 
@@ -68,10 +66,8 @@ def fastattn_attention(
     )
     if attention_mask is None and query.shape[2] > 1:
         _refuse_packed_cache(module, kwargs.get("position_ids"))
-    wanted, device = (
-        query.dtype,
-        "cpu" if query.is_cpu else query.device.type,
-    )  # a device takes its time
+    wanted = query.dtype
+    device = "cpu" if query.is_cpu else query.device.type  # asking a device for its type is slow
     if not wanted == key.dtype == value.dtype or torch.is_autocast_enabled(device):
         query, key, value, wanted = _one_dtype(query, key, value)
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
@@ -118,13 +114,12 @@ def _paged_attention(
         out = _dense_attention(query, k, v, mask, options)
     else:
         step = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
-        if cache.state.window is not None:
-            cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
+        cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
         if step.runs is not None:
             k, v = cache.extend(layer, new, step, step.runs)
             if step.fresh:  # nothing lies before: attend to the states themselves, which are warm
                 k, v = new.k, new.v
-            out = attend_dense(query, k, v, None, **options.prefill())
+            out = _attend_dense(query, k, v, None, options)
         else:
             tables = cache.state.on(query.device)
             k_cache, v_cache = cache.store(layer, new, step, tables)
@@ -226,7 +221,7 @@ def _refuse_packed_cache(module: nn.Module, position_ids: Any) -> None:
     """Raise if several sequences are packed into a row that no mask parts, as they would see each other."""
     if getattr(module, "layer_idx", None) != 0 or torch.compiler.is_dynamo_compiling():
         return
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2 or position_ids.shape[1] == 1:
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return
     if bool((position_ids.diff(dim=-1) < 0).any()):
         raise ValueError(

@@ -212,10 +212,6 @@ class PagedCache(Cache):
         self.state.sync()
         return self.state.columns
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Return the columns of complete forward passes, padding included."""
-        return self.columns() if self.paged_layers[layer_idx].is_initialized else 0
-
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Return the columns before the new ones, without waiting for the device: a tensor after compiled steps."""
         if not self.paged_layers[layer_idx].is_initialized:
