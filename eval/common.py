@@ -258,9 +258,11 @@ def write_result(
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Return rows as a Markdown table, numbers to three significant digits."""
+    """Return rows as a Markdown table, numbers to three significant digits; of a :class:`Spread`, the median."""
 
     def cell(value: Any) -> str:
+        if isinstance(value, Mapping):
+            value = value["median"]
         if isinstance(value, float):
             return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return "" if value is None else str(value)

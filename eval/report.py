@@ -155,7 +155,10 @@ def draw(folder: Path) -> None:
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return throughput rows with their ratio to sdpa over DynamicCache, if that was measured on the same cell."""
+    """Return throughput rows with their ratio to sdpa over DynamicCache, if that was measured on the same cell.
+
+    The median of the ratios of each round where the file has them (older ones have not), else that of the medians.
+    """
     base = {row["cell"]: row for row in rows if row["combo"] == "sdpa/dynamic"}
     table = []
     for row in rows:
@@ -163,8 +166,10 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry = {"prompts + new tokens": row["cell"], "implementation/cache": row["combo"], "status": row["status"]}
         for name, key in (("prefill", "prefill_tokens_per_s"), ("decode", "decode_tokens_per_s")):
             entry[f"{name} tokens/s"] = row.get(key)
-            if row.get(key) and other.get(key):
-                entry[f"{name} vs sdpa"] = f"{row[key] / other[key]:.2f}x"
+            by_round = row.get(f"{name}_vs_sdpa")
+            if by_round or (row.get(key) and other.get(key)):
+                ratio = by_round["median"] if by_round else row[key] / other[key]
+                entry[f"{name} vs sdpa"] = f"{ratio:.2f}x"
         table.append(entry)
     return table
 

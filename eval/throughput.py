@@ -39,6 +39,9 @@ COMBOS = {
     "fastattn/paged": ("fastattn", "paged", False),
     "fastattn/paged+compile": ("fastattn", "paged-sized", True),
 }
+BASELINE = "sdpa/dynamic"
+"""What transformers does by itself, against which speeds are compared."""
+
 CHECKED_STEPS = 4
 CHECKED_PROMPT = 768
 """Most prompt tokens of the check: eager attention's memory grows with their square."""
@@ -259,7 +262,19 @@ def measure_cell(
             rows[combo]["tokens"] = f"not compared, the baseline {baseline['status']}"
         if unequal and model.dtype in (torch.float32, torch.float64):
             rows[combo]["status"] = "WRONG tokens"
+    if BASELINE in timed:
+        for combo in timed:
+            rows[combo].update(versus(runs[BASELINE], runs[combo]))
     return list(rows.values())
+
+
+def versus(baseline: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how many times as fast runs were as the baseline's of the same round: a machine's drift cancels out."""
+    pairs = list(zip(baseline, runs, strict=True))
+    return {
+        "prefill_vs_sdpa": asdict(common.Spread.of([base["first"] / run["first"] for base, run in pairs])),
+        "decode_vs_sdpa": asdict(common.Spread.of([sum(base["steps"]) / sum(run["steps"]) for base, run in pairs])),
+    }
 
 
 def parse_cells(args: argparse.Namespace) -> list[Cell]:
@@ -318,6 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         "combo",
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
+        "decode_vs_sdpa",
         "error",
         "eager_error",
         "first_difference",

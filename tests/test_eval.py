@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_right_combinations_pass_the_check_and_are_timed(models, padding):
     rows = throughput.measure_cell(*models, combos, cell, rounds=1)
     assert [row["status"] for row in rows] == ["ok"] * 4
     assert all(row["decode_tokens_per_s"] > 0 and row["first_difference"] is None for row in rows)
+
+
+def test_ratios_are_taken_round_by_round(models):
+    combos = ["fastattn/dynamic", "sdpa/dynamic"]
+    rows = throughput.measure_cell(*models, combos, throughput.Cell(1, 12, 4), rounds=3)
+    assert rows[0]["decode_vs_sdpa"]["count"] == 3
+    assert rows[1]["decode_vs_sdpa"] == rows[1]["prefill_vs_sdpa"] == asdict(common.Spread(1.0, 1.0, 1.0, 3))
+    slow, fast = ([{"first": s * t, "steps": [t, s * t]} for t in (1.0, 8.0, 2.0)] for s in (3.0, 1.0))
+    ratios = throughput.versus(slow, fast)
+    assert ratios["prefill_vs_sdpa"]["low"] == ratios["prefill_vs_sdpa"]["high"] == 3.0
+    assert ratios["decode_vs_sdpa"]["median"] == 2.0
 
 
 def test_a_wrong_implementation_is_flagged_and_not_timed(models, monkeypatch):
@@ -206,10 +218,13 @@ def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
     assert {"device", "versions", "commit", "date", "command"} <= json.loads(
         (folder / "throughput.json").read_text()
     ).keys()
+    rows[1]["decode_vs_sdpa"] = asdict(common.Spread(1.25, 1.0, 2.0, 3))
+    common.write_result(folder / "throughput_by_round.json", "throughput", CPU, {}, rows)
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.draw(folder)
     report.rewrite_readme([folder])
     text = (tmp_path / "README.md").read_text()
+    assert "1.25x" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "1.50x" in text
