@@ -16,6 +16,7 @@ from .dense_reading import column_mask, refuse_freed
 from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
+from .model_config import num_layers
 from .paged_layer import PagedLayer
 
 
@@ -55,8 +56,14 @@ def fastattn_attention(
     """
     if kwargs.get("output_attentions"):
         warn_once("fastattn never computes attention weights: output_attentions returns None")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if attention_mask is None and isinstance(key, Tensor) and isinstance(value, Tensor):
+        plain = not (dropout or sliding_window or softcap) and s_aux is position_bias is None
+        out = ops.decode_at_once(query, key, value, scale) if plain else None
+        if out is not None:
+            return out, None
     options = AttentionOptions(
-        softmax_scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        softmax_scale=scale,
         causal=bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)),
         window=sliding_window or ops.NO_WINDOW,
         softcap=softcap or 0.0,
@@ -73,7 +80,8 @@ def fastattn_attention(
     if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:
-        key, value = (x.materialize() if isinstance(x, Handle) else x for x in (key, value))
+        key = key.materialize() if isinstance(key, Handle) else key
+        value = value.materialize() if isinstance(value, Handle) else value
         out = _dense_attention(query, key, value, attention_mask, options)
     return out if out.dtype == wanted else out.to(wanted), None
 
@@ -116,7 +124,7 @@ def _paged_attention(
         step = cache.begin_step(layer, new, None if mask is None else mask[:, 0, 0])
         cache.state.look_back(step, options.window if options.causal else ops.NO_WINDOW)
         if step.runs is not None:
-            k, v = cache.extend(layer, new, step, step.runs)
+            k, v = cache.extend(layer, *new.detached(), step)
             if step.fresh:  # nothing lies before: attend to the states themselves, which are warm
                 k, v = new.k, new.v
             out = _attend_dense(query, k, v, None, options)
@@ -133,7 +141,8 @@ def _paged_attention(
     if current.last_layer is None:
         current.last_layer = _last_layer(module, layer)
     if getattr(module, "layer_idx", layer.layer_idx) == current.last_layer:
-        cache.state.commit()
+        own = layer.layer_idx == current.last_layer  # not keys that it shares with an earlier layer
+        cache.state.commit(may_repeat=own and not cache.made_dense)
     return out
 
 
@@ -210,11 +219,8 @@ def _attend_dense(
 
 def _last_layer(module: nn.Module, layer: PagedLayer) -> int:
     """Return the layer that a forward pass ends with, as the config says at run time (early exit lowers its number)."""
-    config = getattr(module, "config", layer.cache.config)
-    layers = vars(config).get("num_hidden_layers")  # a config takes its time to answer
-    if layers is None:
-        layers = getattr(config, "num_hidden_layers", layer.cache.config.num_hidden_layers)
-    return int(layers) - 1
+    layers = num_layers(getattr(module, "config", layer.cache.config))
+    return int(layers or layer.cache.config.num_hidden_layers) - 1
 
 
 def _refuse_packed_cache(module: nn.Module, position_ids: Any) -> None:

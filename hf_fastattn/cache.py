@@ -146,16 +146,17 @@ class PagedCache(Cache):
         layer.blocks.written(self.state, step)
         return k_cache, v_cache
 
-    def extend(self, layer: PagedLayer, new: NewStates, step: Step, runs: EvenRuns) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: PagedLayer, new_k: Tensor, new_v: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Write a layer's new states behind the others where a CPU's blocks lie in even runs.
 
         Returns:
             Views of all keys and values, (num_seqs, num_kv_heads, tokens, head_dim) each.
         """
+        runs = step.runs
+        assert runs is not None
         tokens = step.lens[0] - runs.freed * self.state.block_size
         views = self.state.views.find(layer.layer_idx, tokens) if step.query_len == 1 else None
         k, v, k_end, v_end = views or self._view(layer, step, runs, tokens)
-        new_k, new_v = new.detached()
         k_end.copy_(new_k)
         v_end.copy_(new_v)
         layer.blocks.written(self.state, step)
@@ -168,7 +169,7 @@ class PagedCache(Cache):
         """
         state = self.state
         if step.query_len > 1 or state.memory.offload:
-            return view_tokens(layer.blocks.fetch(state, step), state.num_seqs, runs, tokens, step.query_len)
+            return view_tokens(layer.blocks.fetch(state, step), state.num_seqs, runs, [tokens], step.query_len)[0]
         room = (len(state.tables.rows[0]) - runs.freed) * state.block_size
         for behind in self.paged_layers[layer.layer_idx :]:
             if behind.is_initialized:

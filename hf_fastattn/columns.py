@@ -36,6 +36,7 @@ class Step:
             business.
         slots: in a compiled graph, block and place in the block of each sequence's new token, by device.
         runs: where all tokens lie, if on a CPU the blocks of all sequences are even runs that a layer can view.
+        views: layers get such views in place of handles, see :meth:`~hf_fastattn.paged_state.PagedState.repeat`.
     """
 
     query_len: int
@@ -54,6 +55,7 @@ class Step:
     rests: bool = False
     slots: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     runs: EvenRuns | None = None
+    views: bool = False
 
 
 class Columns:

@@ -72,7 +72,7 @@ def fastattn_mask(
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] == kv_offset + kv_length:
-            return _key_padding(attention_mask[:, kv_offset:])
+            return None if _hides_nothing(attention_mask) else _key_padding(attention_mask[:, kv_offset:])
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -88,6 +88,11 @@ def fastattn_mask(
         config=config,
         **kwargs,
     )
+
+
+def _hides_nothing(attention_mask: Tensor) -> bool:
+    """Whether no column is hidden, where asking costs nothing: a GPU would have to be waited for."""
+    return attention_mask.is_cpu and not torch.compiler.is_compiling() and bool(attention_mask.all())
 
 
 def _key_padding(attention_mask: Tensor) -> Tensor:

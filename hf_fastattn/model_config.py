@@ -29,6 +29,12 @@ def layer_types(config: Any) -> list[str]:
     return list(types)
 
 
+def num_layers(config: Any) -> int | None:
+    """Return how many layers a config names at the moment (early exit lowers it); None if it names none."""
+    layers = vars(config).get("num_hidden_layers")  # a config takes its time to answer
+    return getattr(config, "num_hidden_layers", None) if layers is None else layers
+
+
 def last_caching_layer(config: Any) -> int:
     """Return the last layer that stores keys and values of its own (later ones may share those of earlier layers)."""
     modes = getattr(config, "kv_sharing_modes", None)

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .dense_reading import read_dense
 from .handles import Handle, NewStates
 from .kv_pool import LayerBlocks, persistent
+from .model_config import num_layers
 
 if TYPE_CHECKING:
     from .cache import PagedCache
@@ -110,11 +111,33 @@ class PagedLayer(CacheLayerMixin):
         k_dtype, v_dtype = self.blocks.dtypes
         if key_states.dtype != k_dtype or value_states.dtype != v_dtype:
             key_states, value_states = key_states.to(k_dtype), value_states.to(v_dtype)
+        else:
+            views = self._extend(key_states, value_states)
+            if views is not None:
+                return views
         cache = self.cache
         new, step = NewStates(self, key_states, value_states, cache), cache.state.step
         if (step is not None and step.handles and self.layer_idx > step.first_layer) or cache.uses_handles:
             return Handle(new, 0), Handle(new, 1)
         return cache.store_dense(new, handles=False)
+
+    def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Store the new states of a decode step like the one before; return views of all, None in any other step."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_dynamo_compiling():
+            return None
+        cache = self.cache
+        state = cache.state
+        step = state.step
+        if step is None:
+            step = state.steady and state.repeat(self.layer_idx, k, num_layers(cache.config) or 0)
+        elif not step.views or self.layer_idx <= step.first_layer:
+            return None
+        if step is None:
+            return None
+        views = cache.extend(self, k, v, step)
+        if self.layer_idx == step.last_layer:
+            state.commit()
+        return views
 
     def touch(self, pair: NewStates) -> tuple[Tensor, Tensor]:
         """Serve code that computes with a handle: dense tensors, from now on."""

@@ -64,6 +64,7 @@ class PagedState:
         self.devices: dict[torch.device, DeviceTables] = {}
         self.step: Step | None = None
         self.thread = 0  # that began the step
+        self.steady: Step | None = None  # the last forward pass, if a decode step that the next one may be like
         self.padding = Columns(keep_hidden=keep_hidden)
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
@@ -133,6 +134,7 @@ class PagedState:
 
     @locked
     def _add_device(self, device: torch.device) -> None:
+        self.steady = None
         self.devices[device] = self._make_tables(device)
         if self.step is not None:
             self.devices[device].plan(self.step, self.tables.lens)
@@ -193,6 +195,42 @@ class PagedState:
         self.step, self.thread = step, me
         return step
 
+    def repeat(self, layer_idx: int, new: Tensor, num_layers: int) -> Step | None:
+        """Begin a decode step like the last one, whose tokens lie where those of the last one say.
+
+        On a CPU, of sequences of one length without padding: nothing has to be planned, and views of the tokens are
+        what any attention expects, whatever its mask.
+
+        Args:
+            layer_idx: the layer that attends first.
+            new: (num_seqs, num_kv_heads, query_len, head_dim), its new keys.
+            num_layers: of the model at the moment.
+
+        Returns:
+            The forward pass; None if it may be another kind of pass, so that a mask has to be seen first.
+        """
+        last = self.steady
+        if last is None or self.behind or layer_idx != last.first_layer or last.last_layer != num_layers - 1:
+            return None
+        num_seqs, _, query_len, _ = new.shape
+        tokens = last.lens[0] + 1
+        if num_seqs != len(last.lens) or query_len != 1 or not new.is_cpu or tokens > self._room():
+            return None
+        with self.lock:
+            self.lock.begin_pass()
+            if self.steady is not last:  # the pool grew meanwhile
+                return None
+            self.unsynced = 0
+            step = Step(1, False, layer_idx, lens=[tokens] * num_seqs, runs=last.runs, last_layer=last.last_layer)
+            step.views = True
+            self.step, self.thread = step, threading.get_ident()
+        return step
+
+    def _room(self) -> int:
+        """Return how many tokens the first sequence has blocks for."""
+        blocks = len(self.tables.rows[0]) * self.block_size
+        return blocks if self.max_length is None else min(blocks, self.max_length)
+
     def begin_compiled(self, layer_idx: int, query_len: int) -> Step:
         """Plan a forward pass in a compiled graph: room is reserved, all columns are stored, host counts lag."""
         for tables in self.devices.values():
@@ -202,8 +240,12 @@ class PagedState:
         self.step = step
         return step
 
-    def commit(self) -> None:
-        """End the forward pass: its tokens count from now on."""
+    def commit(self, *, may_repeat: bool = False) -> None:
+        """End the forward pass: its tokens count from now on.
+
+        Args:
+            may_repeat: every layer stored states of its own, the last one too.
+        """
         assert self.step is not None
         if not self.step.lens:  # begun in a compiled graph
             self._advance_devices(self.step)
@@ -211,15 +253,15 @@ class PagedState:
         elif torch.compiler.is_dynamo_compiling():
             self._commit_outside()
         else:
-            self._commit_planned()
+            self._commit_planned(may_repeat)
 
     @torch.compiler.disable
     def _commit_outside(self) -> None:
         """End a forward pass that the host planned in the middle of a compiled graph, which breaks there."""
-        self._commit_planned()
+        self._commit_planned(may_repeat=False)
 
     @locked
-    def _commit_planned(self) -> None:
+    def _commit_planned(self, may_repeat: bool) -> None:
         """Advance all counts at once: growth in another thread, which reads the host's, must not come between."""
         step = self.step
         assert step is not None
@@ -227,6 +269,7 @@ class PagedState:
         self.lock.end_pass()
         self.tables.lens = step.lens
         self.padding.advance(step)
+        self.steady = step if step.views or (may_repeat and self._is_steady(step)) else None
         if self.sharing and self.reserved:  # a compiled step that follows cannot do it
             self._end_sharing()
         if self.frees and step.attended and self.window is not None:
@@ -234,6 +277,18 @@ class PagedState:
             if self.tables.free_before([seq_len - reach for seq_len in self.tables.lens]):
                 self.refresh()
         self.step = None
+
+    def _is_steady(self, step: Step) -> bool:
+        """Return whether decode steps like a complete one can follow it, see :meth:`repeat`."""
+        padding = self.padding
+        return (
+            step.query_len == 1
+            and step.runs is not None
+            and step.lens[0] == padding.count
+            and padding.seen is padding.stored is padding.finished is None
+            and self.window is None
+            and not self.memory.offload
+        )
 
     def _advance_devices(self, step: Step) -> None:
         for tables in self.devices.values():
@@ -252,6 +307,7 @@ class PagedState:
             return
         if len(finished) != self.num_seqs:
             raise ValueError(f"expected to hear about {self.num_seqs} sequences, got {len(finished)}")
+        self.steady = None
         newly = [row for row, done in enumerate(finished) if done and self.tables.lens[row]]
         self.padding.finish(finished, newly)
         if newly:
@@ -343,7 +399,7 @@ class PagedState:
             tables.key_mask = None
             tables.columns.zero_()
         self.padding.clear()
-        self.step, self.behind, self.unsynced = None, False, 0
+        self.step, self.steady, self.behind, self.unsynced = None, None, False, 0
         self.sharing = self.group > 1
         self.frees = self.window is not None and not self.reserved
 
@@ -361,7 +417,7 @@ class PagedState:
 
     def refresh(self) -> None:
         """Write the host's tables and lengths to every device, in place where the shapes allow."""
-        self._runs = False
+        self._runs, self.steady = False, None
         self.views.clear()
         for device, old in list(self.devices.items()):
             if old.fits(self.tables.rows):

@@ -4,12 +4,13 @@ Making a view takes as long as writing a token, and several times that when the 
 that makes it out of the processor's caches. So decode steps take theirs from a few that are made at a time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from .block_pool import EvenRuns
-from .ops._views import view_runs
+from .ops._views import view_parts
 
 STEPS_AHEAD = 8
 """Decode steps that views are made for at a time."""
@@ -46,14 +47,13 @@ class RunViews:
 
     def make(self, layer_idx: int, caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: range) -> None:
         """Make a layer's views of so many tokens, for the first steps of ``tokens``; see :func:`view_tokens`."""
-        views = [view_tokens(caches, num_seqs, runs, count, 1) for count in tokens[:STEPS_AHEAD]]
-        self._made[layer_idx] = tokens[0], views
+        self._made[layer_idx] = tokens[0], view_tokens(caches, num_seqs, runs, tokens[:STEPS_AHEAD], 1)
 
 
 def view_tokens(
-    caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: int, query_len: int
-) -> TokenViews:
-    """View one layer's tokens.
+    caches: tuple[Tensor, Tensor], num_seqs: int, runs: EvenRuns, tokens: Sequence[int], query_len: int
+) -> list[TokenViews]:
+    """View one layer's tokens, once for each of some numbers of them.
 
     Args:
         caches: its keys and values, (num_blocks, block_size, num_kv_heads, head_dim) each.
@@ -62,6 +62,8 @@ def view_tokens(
         tokens: tokens of each, from the first block that was not freed.
         query_len: how many of them are new.
     """
-    k, v = (view_runs(cache, num_seqs, tokens, runs.first, runs.distance) for cache in caches)
-    k_end, v_end = (x.narrow(2, tokens - query_len, query_len) for x in (k, v))
-    return TokenViews(k, v, k_end, v_end)
+    whole, ends = [(0, count) for count in tokens], [(count - query_len, query_len) for count in tokens]
+    views = [
+        view_parts(cache, num_seqs, parts, runs.first, runs.distance) for parts in (whole, ends) for cache in caches
+    ]
+    return [TokenViews(*of_one) for of_one in zip(*views, strict=True)]

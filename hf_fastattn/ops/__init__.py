@@ -1,6 +1,6 @@
 """The ops: tensors in, tensors out. Each file holds one op's definition, contract and PyTorch implementation."""
 
-from .decode_attention import decode_attention
+from .decode_attention import decode_at_once, decode_attention
 from .decode_linear import decode_linear, decode_linear_group
 from .decode_schedule import decode_schedule
 from .prefill_attention import prefill_attention
@@ -10,6 +10,7 @@ from .store_kv import store_kv
 __all__ = [
     "MAX_DECODE_QUERY_LEN",
     "NO_WINDOW",
+    "decode_at_once",
     "decode_attention",
     "decode_linear",
     "decode_linear_group",

