@@ -206,6 +206,11 @@ def rewrite_readme(folders: Sequence[Path]) -> None:
     README.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n\n{body}\n{END}", text, flags=re.DOTALL))
 
 
+def newest(folders: Sequence[Path]) -> list[Path]:
+    """Return the last folder of each machine; their names end with a date."""
+    return list({folder.name.rsplit("-", 3)[0]: folder for folder in sorted(folders)}.values())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 1 if a measurement failed."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.splitlines()[0])
@@ -221,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = common.RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}"
         wanted = [item for item in plan(device, args.budget) if args.only is None or item.name in args.only]
         failures = run(wanted, folder, device, args.budget)
-    folders = sorted(path for path in common.RESULTS.iterdir() if path.is_dir()) if common.RESULTS.exists() else []
+    folders = [path for path in common.RESULTS.iterdir() if path.is_dir()] if common.RESULTS.exists() else []
+    folders = newest(folders)
     for folder in folders:
         draw(folder)
     rewrite_readme(folders)

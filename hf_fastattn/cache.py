@@ -28,6 +28,7 @@ from .offload import offloaded_layers
 from .paged_layer import PagedLayer, refuse_export
 from .paged_state import PagedState
 from .run_views import TokenViews, view_tokens
+from .saved_state import restore, save
 from .stats import CacheStats, cache_stats
 
 IMPLEMENTATION = "fastattn"
@@ -410,13 +411,13 @@ class PagedCache(Cache):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "made_dense": self.made_dense, "state": self.state.snapshot()}
+        return {"config": self.config, "made_dense": self.made_dense, "state": save(self.state)}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         state = saved["state"]
         self.__init__(saved["config"], **state["sizes"])  # type: ignore[misc]
         self.made_dense = saved["made_dense"]
-        self.state.restore(state)
+        restore(self.state, state)
         for layer in self.paged_layers:
             layer.is_initialized = layer.blocks.k_cache is not None
 

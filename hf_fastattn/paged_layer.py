@@ -123,7 +123,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
         """Store the new states of a decode step like the one before; return views of all, None in any other step."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_dynamo_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return None
         cache = self.cache
         state = cache.state

@@ -17,7 +17,7 @@ from torch import Tensor
 from .block_pool import NO_BLOCK, BlockPoolExhausted, BlockTables, EvenRuns
 from .columns import Columns, Step
 from .device_tables import DeviceTables, keep_tables
-from .kv_pool import KVPool, move_blocks
+from .kv_pool import KVPool
 from .pool_lock import PoolLock, in_forward_pass, locked
 from .run_views import RunViews
 
@@ -213,7 +213,7 @@ class PagedState:
         if last is None or self.behind or layer_idx != last.first_layer or last.last_layer != num_layers - 1:
             return None
         num_seqs, _, query_len, _ = new.shape
-        tokens = last.lens[0] + 1
+        tokens = self.tables.lens[0] + 1
         if num_seqs != len(last.lens) or query_len != 1 or not new.is_cpu or tokens > self._room():
             return None
         with self.lock:
@@ -280,15 +280,8 @@ class PagedState:
 
     def _is_steady(self, step: Step) -> bool:
         """Return whether decode steps like a complete one can follow it, see :meth:`repeat`."""
-        padding = self.padding
-        return (
-            step.query_len == 1
-            and step.runs is not None
-            and step.lens[0] == padding.count
-            and padding.seen is padding.stored is padding.finished is None
-            and self.window is None
-            and not self.memory.offload
-        )
+        unpadded = step.runs is not None and step.lens[0] == self.columns
+        return step.query_len == 1 and unpadded and self.window is None  # a layer has to say how far it looks back
 
     def _advance_devices(self, step: Step) -> None:
         for tables in self.devices.values():
@@ -307,7 +300,6 @@ class PagedState:
             return
         if len(finished) != self.num_seqs:
             raise ValueError(f"expected to hear about {self.num_seqs} sequences, got {len(finished)}")
-        self.steady = None
         newly = [row for row, done in enumerate(finished) if done and self.tables.lens[row]]
         self.padding.finish(finished, newly)
         if newly:
@@ -501,60 +493,6 @@ class PagedState:
         wanted = self.tables.blocks_for(tokens) - self.tables.blocks_for(self.max_length)
         detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
         return BlockPoolExhausted(max(wanted, 1), self.pool.num_free, self.pool.num_blocks, detail)
-
-    @locked
-    def snapshot(self) -> dict[str, Any]:
-        """Return the state and the blocks that hold tokens, and no others."""
-        self.sync()
-        rows = [row[: self.tables.blocks_for(n)] for row, n in zip(self.tables.rows, self.tables.lens, strict=True)]
-        used = list(dict.fromkeys(block for row in rows for block in row if block != NO_BLOCK))
-        place = {block: i for i, block in enumerate(used)} | {NO_BLOCK: NO_BLOCK}
-        ids = torch.tensor(used, dtype=torch.long)
-        return {
-            "sizes": {
-                "block_size": self.block_size,
-                "num_blocks": self.memory.num_blocks,
-                "offload": self.memory.offload,
-                "max_length": None if self.elastic else self.max_length,
-                "reserve": self.reserve,
-                "sequences_per_prompt": self.group,
-            },
-            "sharing": (self.sharing, self.prompt_columns),
-            "total": self.pool.num_blocks,
-            "rows": [[place[block] for block in row] for row in rows],
-            "lens": self.tables.lens,
-            "columns": self.columns,
-            "masks": (self.padding.seen, self.padding.stored),
-            "key_masks": {device: tables.key_mask for device, tables in self.devices.items()},
-            "caches": [
-                tuple(None if c is None else c[ids.to(c.device)] for c in (layer.k_cache, layer.v_cache))
-                for layer in self.memory.layers
-            ],
-            "layer_devices": [layer.device for layer in self.memory.layers],
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Become the state that snapshot() returned; self is new."""
-        self.pool.grow(saved["total"])
-        self.tables.rows, self.tables.lens = [list(row) for row in saved["rows"]], list(saved["lens"])
-        count = len({block for row in self.block_rows() for block in row})
-        self.pool.allocate(count)
-        owned: set[int] = set()
-        for row in self.tables.rows:
-            self.pool.share(block for block in row if block in owned)
-            owned.update(row)
-        self.sharing, self.prompt_columns = saved["sharing"]
-        if self.reserved and self.max_length is not None:
-            self.tables.reserve([self.max_length] * self.num_seqs, self._group)
-        self.padding.count, (self.padding.seen, self.padding.stored) = saved["columns"], saved["masks"]
-        ids = torch.arange(count)
-        for layer, device, caches in zip(self.memory.layers, saved["layer_devices"], saved["caches"], strict=True):
-            layer.device = device
-            layer.k_cache, layer.v_cache = (
-                None if c is None else move_blocks(c, saved["total"], ids, ids, layer.new_tensor) for c in caches
-            )
-        for device, key_mask in saved["key_masks"].items():
-            self.on(device).key_mask = key_mask
 
     def _reserve(self, lens: Sequence[int]) -> None:
         if self.max_length is not None and max(lens) > self.max_length:

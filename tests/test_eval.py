@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,11 @@ def test_a_missing_gpu_and_an_unreadable_text_are_sentences(tmp_path):
     text.write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(SystemExit, match="cannot read"):
         perplexity.main(["--text", str(text)])
+
+
+def test_the_readme_shows_the_last_results_of_each_machine():
+    folders = [Path(f"results/{name}") for name in ("h200-2026-12-01", "amd-epyc-2026-11-27", "amd-epyc-2026-11-24")]
+    assert report.newest(folders) == [folders[1], folders[0]]
 
 
 def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hf_fastattn import ops
 from hf_fastattn.ops import NO_WINDOW
 from tests.op_calls import DTYPES, NAN, Call, Store
+from tests.tiny import CopiedBytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,6 +81,30 @@ def test_everything_is_seen_when_not_causal(query_len, block_size):
 def test_one_query_with_its_heads_packed_or_apart(heads, reread, monkeypatch):
     monkeypatch.setattr("hf_fastattn.ops._torch.REREAD_KEYS", reread)
     Call((40, 40), heads=heads, kv_heads=2, block_size=None).check_both()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seq_len", [1, 40, 2100])
+def test_decoding_at_once_is_decoding(seq_len, dtype):
+    q, k, v = (torch.randn(2, heads, n, 64).to(dtype) for heads, n in ((8, 1), (4, seq_len), (4, seq_len)))
+    with torch.no_grad():
+        out = ops.decode_at_once(q, k, v, 0.1)
+    assert torch.equal(out, ops.decode_attention(q, k, v, softmax_scale=0.1))
+
+
+def test_what_is_not_decoded_at_once():
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
+    assert ops.decode_at_once(q, k, k, 0.25) is None, "gradients"
+    with torch.no_grad():
+        assert ops.decode_at_once(q, k, k, 0.25) is not None
+        assert ops.decode_at_once(q.expand(1, 2, 3, 16), k, k, 0.25) is None, "several queries"
+        assert ops.decode_at_once(q.half(), k, k, 0.25) is None, "dtypes that differ"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ops.decode_at_once(q, k, k, 0.25) is None, "autocast"
+        with CopiedBytes():
+            assert ops.decode_at_once(q, k, k, 0.25) is None, "a dispatch mode, which is to see the op"
+        fakes = [torch.empty_like(x, device="meta") for x in (q, k)]
+        assert ops.decode_at_once(*fakes, fakes[1], 0.25) is None, "another device"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,6 +46,10 @@ class Fault:
         return self.tests[0].startswith("tests/interpret/")
 
 
+_RESET = "self.step, self.behind, self.unsynced = None,"
+_GRAD = "if torch.is_grad_enabled():"
+
+
 def _in(file: str, tests: tuple[str, ...], *faults: tuple[str, str, str]) -> list[Fault]:
     return [Fault(name, f"hf_fastattn/{file}", old, new, tests) for name, old, new in faults]
 
@@ -171,7 +175,7 @@ FAULTS = [
         ),
         ("a failed first pass fixes the batch", "if columns == 0 and num_seqs != self.num_seqs:", "if False:"),
         ("max_length not enforced", "if self.max_length is not None and max(lens) > self.max_length:", "if False:"),
-        ("runs of yesterday", "        self._runs = False\n        self.views", "        self.views"),
+        ("runs of yesterday", "        self._runs, self.steady = False, None\n", "        self.steady = None\n"),
         ("sequences of several lengths are viewed as one", "or min(lens) != max(lens):", "or False:"),
         ("hidden keys are viewed", "if not tables.on_host or tables.key_mask is not None:", "if not tables.on_host:"),
     ),
@@ -207,11 +211,49 @@ FAULTS = [
         "paged_state.py",
         VIEWS,
         ("views of yesterday", "        self.views.clear()\n", ""),
+        ("steps repeated over other tables", "self._runs, self.steady = False, None", "self._runs = False"),
+        ("steps repeated after a reset", "self.step, self.steady, self.behind, self.unsynced = None, None,", _RESET),
+        ("steps repeated on more devices", "        self.steady = None\n        self.devices", "        self.devices"),
+        ("steps repeated behind the device", "if last is None or self.behind or", "if last is None or"),
+        ("steps repeated with other layers", "or last.last_layer != num_layers - 1:", "or False:"),
+        ("steps repeated with another batch", "if num_seqs != len(last.lens) or", "if"),
+        ("steps repeated beyond the blocks", "or tokens > self._room():", "or False:"),
+        ("a capacity is no limit", "return blocks if self.max_length is None else min(", "return blocks or min("),
+        ("windows are not looked at", "unpadded and self.window is None", "unpadded"),
+        (
+            "padding is viewed as tokens",
+            "step.runs is not None and step.lens[0] == self.columns",
+            "step.runs is not None",
+        ),
+        ("columns of repeated steps stand still", "views or (may_repeat", "views and (may_repeat"),
+    ),
+    *_in(
+        "paged_layer.py",
+        VIEWS,
+        ("views under gradients", "if torch.is_grad_enabled() or torch.compiler", "if torch.compiler"),
+        ("a failed step goes on", "elif not step.views or self.layer_idx <= step.first_layer:", "elif not step.views:"),
+        ("repeated steps never end", "        if self.layer_idx == step.last_layer:\n", "        if False:\n"),
+    ),
+    *_in(
+        "attention.py",
+        VIEWS,
+        ("shared keys end no pass", "own = layer.layer_idx == current.last_layer", "own = True"),
+        ("masks over views are dropped", "if attention_mask is None and isinstance(key, T", "if isinstance(key, T"),
+    ),
+    *_in(
+        "ops/decode_attention.py",
+        ("tests/test_ops.py", "-k", "at_once"),
+        ("at once under gradients", "if torch.is_grad_enabled() or torch.is_autocast", "if torch.is_autocast"),
+        ("at once under autocast", 'if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):', _GRAD),
+        ("at once past dispatch modes", "q.is_cpu and is_plain(q) and", "q.is_cpu and"),
+        ("at once on any device", "if not (q.is_cpu and is_plain(q) and", "if not (is_plain(q) and"),
+        ("at once in several dtypes", "and q.dtype == k.dtype == v.dtype and", "and"),
+        ("at once for several queries", " and q.shape[2] == 1):\n        return None", "):\n        return None"),
     ),
     *_in(
         "run_views.py",
         VIEWS,
-        ("new keys overwrite the oldest", "x.narrow(2, tokens - query_len, query_len)", "x.narrow(2, 0, query_len)"),
+        ("new keys overwrite the oldest", "[(count - query_len, query_len) for", "[(0, query_len) for"),
         ("views of an earlier step", "return views[tokens - first]", "return views[0]"),
     ),
     *_in(
@@ -288,8 +330,8 @@ FAULTS = [
         CACHE,
         (
             "scale 3% too large",
-            "softmax_scale=scaling if scaling is not None else",
-            "softmax_scale=1.03 * scaling if scaling is not None else",
+            "scale = scaling if scaling is not None else",
+            "scale = 1.03 * scaling if scaling is not None else",
         ),
         (
             "key mask ignored over blocks",

@@ -254,7 +254,7 @@ GLUE_FAULTS = [
     Fault(
         "pass ends with the cache's last layer only",
         ATTENTION,
-        "return int(layers) - 1",
+        "return int(layers or layer.cache.config.num_hidden_layers) - 1",
         "return len(layer.cache.layers) - 1",
         ("tests/transformers/test_other_models.py::test_forward_passes_may_end_early",),
     ),

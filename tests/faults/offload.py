@@ -117,16 +117,16 @@ OFFLOAD_FAULTS = [
     ),
     Fault(
         "a pickled cache is not offloaded any more",
-        STATE,
-        '"offload": self.memory.offload,',
+        "hf_fastattn/saved_state.py",
+        '"offload": state.memory.offload,',
         '"offload": False,',
         (f"{TEST}forks_crop_select_pickle_and_reset",),
     ),
     Fault(
         "an offloaded cache reserves and asks to be compiled",
         STATE,
-        " and not self.memory.offload\n",
-        "\n",
+        "self.memory.num_blocks is None and not self.memory.offload\n",
+        "self.memory.num_blocks is None\n",
         (f"{TEST}a_compiled_model_stays_right",),
     ),
 ]

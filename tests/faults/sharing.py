@@ -32,8 +32,8 @@ SHARING_FAULTS = [
         ("tests/test_threads.py::test_growth_does_not_come_between_the_counts_of_a_pass",),
         (
             "a pass ends without the lock, unseen",
-            "    @locked\n    def _commit_planned(self) -> None:\n",
-            "    def _commit_planned(self) -> None:\n        self.thread = None\n",
+            "    @locked\n    def _commit_planned(self, may_repeat: bool) -> None:\n",
+            "    def _commit_planned(self, may_repeat: bool) -> None:\n        self.thread = None\n",
         ),
     ),
     *_in(
@@ -209,8 +209,8 @@ SHARING_FAULTS = [
         ("any rows taken for even runs", "if row != list(range(start, start + num_blocks)):", "if row[0] != start:"),
         (
             "distance of the sequences ignored",
-            "= (distance * block, head, slot, dim)",
-            "= (0, head, slot, dim)",
+            "(distance * block, head, slot, dim)",
+            "(0, head, slot, dim)",
         ),
         ("the end of the last block is seen", ".flatten(1, 2)[:, :tokens]", ".flatten(1, 2)"),
     ),
