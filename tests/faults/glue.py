@@ -15,6 +15,8 @@ MODEL_CONFIG = "hf_fastattn/model_config.py"
 INIT = "hf_fastattn/__init__.py"
 GENERATE = "tests/transformers/test_families.py::test_generate_over_paged_cache_equals_eager"
 
+OWN_CACHES = "tests/transformers/test_caches.py::test_transformers_own_caches"
+
 GLUE_FAULTS = [
     Fault(
         "scale 3% too large",
@@ -250,6 +252,41 @@ GLUE_FAULTS = [
         'if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False)',
         "if False",
         ("tests/transformers/test_other_models.py::test_paged_cache_refuses_other_state_than_keys_and_values",),
+    ),
+    Fault(
+        "a softcap is passed over in dense decoding",
+        ATTENTION,
+        "not (dropout or sliding_window or softcap) and",
+        "not (dropout or sliding_window) and",
+        (f"{OWN_CACHES}[gemma2-DynamicCache-greedy]",),
+    ),
+    Fault(
+        "a window is passed over in dense decoding",
+        ATTENTION,
+        "not (dropout or sliding_window or softcap) and",
+        "not (dropout or softcap) and",
+        ("tests/transformers/test_caches.py::test_a_window_over_a_dynamic_cache_that_keeps_every_token",),
+    ),
+    Fault(
+        "sinks are passed over in dense decoding",
+        ATTENTION,
+        "and s_aux is position_bias is None",
+        "and position_bias is None",
+        (f"{OWN_CACHES}[gpt_oss-DynamicCache-greedy]",),
+    ),
+    Fault(
+        "a position bias is passed over in dense decoding",
+        ATTENTION,
+        "and s_aux is position_bias is None",
+        "and s_aux is None",
+        ("tests/transformers/test_fallback.py", "-k", "bias"),
+    ),
+    Fault(
+        "padding is passed over in dense decoding",
+        "hf_fastattn/masks.py",
+        "return None if _hides_nothing(attention_mask) else",
+        "return None if attention_mask.is_cpu else",
+        (f"{OWN_CACHES}[llama-DynamicCache-left_padded]",),
     ),
     Fault(
         "pass ends with the cache's last layer only",

@@ -41,7 +41,7 @@ CACHES = {
 
 @pytest.mark.parametrize("scenario", ["greedy", "left_padded", "holes", "beams"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_transformers_own_caches(family, cache, scenario):
     model = shared(family)
     inputs = {
@@ -53,6 +53,13 @@ def test_transformers_own_caches(family, cache, scenario):
     with under(model):
         out = generate(model, **CACHES[cache], **inputs)
     expected(family, scenario).check([out])
+
+
+def test_a_window_over_a_dynamic_cache_that_keeps_every_token():
+    model = shared("mistral")
+    with under(model):
+        out = generate(model, input_ids=prompt(), past_key_values=DynamicCache())
+    expected("mistral", "greedy").check([out])
 
 
 @pytest.mark.parametrize("scenario", ["left_padded", "holes", "beams", "chat", "prompt_lookup"])
