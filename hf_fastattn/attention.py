@@ -1,7 +1,8 @@
 """The attention function that transformers calls under "fastattn": the page to read first.
 
 Over a PagedCache the keys and values are handles: the new states are stored into blocks, then prefill_attention or
-decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache) take the same ops without a block table.
+decode_attention reads them. Dense keys (no cache, DynamicCache, StaticCache; a PagedCache's own views, where a decode
+step on a CPU is like the one before) take the same ops without a block table.
 What the ops cannot do (gradients, dropout, additive masks) goes to PyTorch, see :mod:`hf_fastattn.fallback`.
 """
 

@@ -1,7 +1,8 @@
 """PagedLayer: one layer of a PagedCache, as transformers' models see it.
 
 A layer has blocks of its own in the pool; all else belongs to the cache. The one decision: ``update`` gives handles to
-models that attend through fastattn, and dense tensors to all others.
+models that attend through fastattn, and dense tensors to all others. Where a decode step on a CPU is like the one
+before it, views serve both.
 """
 
 import warnings
