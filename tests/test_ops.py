@@ -76,7 +76,7 @@ def test_everything_is_seen_when_not_causal(query_len, block_size):
     assert torch.equal(call.run(ops, "prefill_attention"), out)
 
 
-@pytest.mark.parametrize("reread", [0, 2**17])
+@pytest.mark.parametrize("reread", [0, 2**24])
 @pytest.mark.parametrize("heads", [2, 4, 8])
 def test_one_query_with_its_heads_packed_or_apart(heads, reread, monkeypatch):
     monkeypatch.setattr("hf_fastattn.ops._torch.REREAD_KEYS", reread)
