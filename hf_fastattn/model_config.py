@@ -31,7 +31,7 @@ def layer_types(config: Any) -> list[str]:
 
 def num_layers(config: Any) -> int | None:
     """Return how many layers a config names at the moment (early exit lowers it); None if it names none."""
-    layers = object.__getattribute__(config, "__dict__").get("num_hidden_layers")  # a config takes its time to answer
+    layers = vars(config).get("num_hidden_layers")  # a config takes its time to answer
     return getattr(config, "num_hidden_layers", None) if layers is None else layers
 
 
