@@ -221,8 +221,8 @@ class PagedState:
             if self.steady is not last:  # the pool grew meanwhile
                 return None
             self.unsynced = 0
-            step = Step(1, False, layer_idx, lens=[tokens] * num_seqs, runs=last.runs, last_layer=last.last_layer)
-            step.views = True
+            lens, last_layer = [tokens] * num_seqs, last.last_layer
+            step = Step(1, False, layer_idx, lens=lens, last_layer=last_layer, runs=last.runs, views=True)
             self.step, self.thread = step, threading.get_ident()
         return step
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fastattn import ops
-from hf_fastattn.ops import NO_WINDOW
+from hf_fastattn.ops import NO_WINDOW, _library
 from tests.op_calls import DTYPES, NAN, Call, Store
 from tests.tiny import CopiedBytes
 
@@ -103,6 +103,9 @@ def test_what_is_not_decoded_at_once():
             assert ops.decode_at_once(q, k, k, 0.25) is None, "autocast"
         with CopiedBytes():
             assert ops.decode_at_once(q, k, k, 0.25) is None, "a dispatch mode, which is to see the op"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(_library.DIRECT["decode_attention"], "cpu", lambda *args: None)
+            assert ops.decode_at_once(q, k, k, 0.25) is None, "another implementation, as eval.fake_gpu puts in"
         fakes = [torch.empty_like(x, device="meta") for x in (q, k)]
         assert ops.decode_at_once(*fakes, fakes[1], 0.25) is None, "another device"
 

@@ -166,7 +166,7 @@ def attend_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask
     if group > 1 and seq_len * head_dim**2 * k.element_size() > REREAD_KEYS:  # query heads become queries
         q = q.reshape(num_seqs, num_kv_heads, group, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
-    return out.reshape(num_seqs, 1, num_heads, -1)
+    return out.reshape(num_seqs, 1, num_heads, v.shape[3])
 
 
 def _stream_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:

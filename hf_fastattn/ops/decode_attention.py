@@ -9,7 +9,7 @@ serves every step.
 import torch
 from torch import Tensor
 
-from ._library import define_op, is_plain
+from ._library import DIRECT, define_op, is_plain
 from ._torch import attend_dense, attend_one_query, attend_paged
 from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
 
@@ -94,6 +94,8 @@ def decode_at_once(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Ten
     if not (q.is_cpu and is_plain(q) and q.dtype == k.dtype == v.dtype and q.shape[2] == 1):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    if DIRECT["decode_attention"]["cpu"] is not _torch_decode_attention:  # somebody put another one in its place
         return None
     return attend_one_query(q, k, v, softmax_scale)
 

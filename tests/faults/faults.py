@@ -246,6 +246,7 @@ FAULTS = [
         ("at once under gradients", "if torch.is_grad_enabled() or torch.is_autocast", "if torch.is_autocast"),
         ("at once under autocast", 'if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):', _GRAD),
         ("at once past dispatch modes", "q.is_cpu and is_plain(q) and", "q.is_cpu and"),
+        ("at once past another implementation", '["cpu"] is not _torch_decode_attention:', '["cpu"] is None:'),
         ("at once on any device", "if not (q.is_cpu and is_plain(q) and", "if not (is_plain(q) and"),
         ("at once in several dtypes", "and q.dtype == k.dtype == v.dtype and", "and"),
         ("at once for several queries", " and q.shape[2] == 1):\n        return None", "):\n        return None"),
