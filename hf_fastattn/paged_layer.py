@@ -130,7 +130,7 @@ class PagedLayer(CacheLayerMixin):
         state = cache.state
         step = state.step
         if step is None:
-            step = state.steady and state.repeat(self.layer_idx, k, num_layers(cache.config) or 0)
+            step = state.repeat(self.layer_idx, k, num_layers(cache.config) or 0)
         elif not step.views or self.layer_idx <= step.first_layer:
             return None
         if step is None:
