@@ -130,12 +130,17 @@ class PagedCache(Cache):
     def store(self, layer: PagedLayer, new: NewStates, step: Step, tables: DeviceTables) -> tuple[Tensor, Tensor]:
         """Write a layer's new states into its blocks; return these, (num_blocks, block_size, heads, head_dim) each.
 
-        A compiled decode step writes by index_put_, which the compiler fuses with the rotary embedding before it.
+        A compiled decode step writes by index_put_, which the compiler fuses with the rotary embedding before it. So
+        does one on a CPU, where finding the slots takes longer than writing to them.
         """
         k_cache, v_cache = layer.blocks.fetch(self.state, step)
-        if torch.compiler.is_dynamo_compiling() and not step.lens and new.k.shape[2] == 1:
+        compiled = torch.compiler.is_dynamo_compiling() and not step.lens
+        plain = step.positions is None and step.group == 1
+        if new.k.shape[2] == 1 and (compiled or (plain and ops.is_direct("store_kv", new.k))):
             for cache, states in zip((k_cache, v_cache), new.detached(), strict=True):
                 cache.index_put_(tables.slots(step), states[:, :, 0].to(cache.dtype))
+            if not compiled:
+                layer.blocks.written(self.state, step)
             return k_cache, v_cache
         positions = None if step.positions is None else step.positions.to(new.k.device)
         k, v = new.detached()

@@ -6,6 +6,7 @@ mask hides is not stored (a layer with a sliding window, which counts columns, n
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ class Step:
     handles: bool = True
     last_layer: int | None = None
     group: int = 1
-    schedules: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+    schedules: dict[tuple[object, ...], Any] = field(default_factory=dict)
     attended: bool = False
     rests: bool = False
     slots: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Call:
-    """The arguments of an attention call, over blocks (block_size) or dense; NaN in every slot that nobody owns."""
+    """The arguments of an attention call, over blocks (block_size) or dense; ``unowned`` where nobody owns a slot."""
 
     def __init__(
         self,
@@ -29,8 +29,10 @@ class Call:
         dtype=torch.float32,
         sharpness=3.0,
         blocks="permuted",
+        unowned=NAN,
         seed=0,
     ):
+        self.unowned = unowned
         self.random = torch.Generator().manual_seed(seed)
         self.dtype, self.block_size = dtype, block_size
         v_dim = dim if v_dim is None else v_dim
@@ -61,7 +63,7 @@ class Call:
         return torch.randn(*shape, generator=self.random, dtype=torch.float64).to(self.dtype)
 
     def cache(self, num_blocks, kv_heads, dim):
-        return torch.full((num_blocks, self.block_size, kv_heads, dim), NAN, dtype=self.dtype)
+        return torch.full((num_blocks, self.block_size, kv_heads, dim), self.unowned, dtype=self.dtype)
 
     def hide_keys(self, share):
         columns = self.k.shape[2] if self.block_table is None else self.block_table.shape[1] * self.block_size
@@ -93,7 +95,11 @@ class Call:
         return getattr(module, name)(q, k, v, **given, **self.options)
 
     def check(self, name="prefill_attention"):
-        out, exact = self.run(ops, name), self.run(reference, name, torch.float64)
+        return self.compare(self.run(ops, name), name)
+
+    def compare(self, out, name="decode_attention"):
+        """Compare a result with the oracle's."""
+        exact = self.run(reference, name, torch.float64)
         assert out.shape == exact.shape
         assert out.dtype == self.dtype
         assert out.is_contiguous()

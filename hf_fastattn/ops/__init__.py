@@ -1,5 +1,6 @@
 """The ops: tensors in, tensors out. Each file holds one op's definition, contract and PyTorch implementation."""
 
+from ._library import is_direct
 from .decode_attention import decode_at_once, decode_attention
 from .decode_linear import decode_linear, decode_linear_group
 from .decode_schedule import decode_schedule
@@ -15,6 +16,7 @@ __all__ = [
     "decode_linear",
     "decode_linear_group",
     "decode_schedule",
+    "is_direct",
     "prefill_attention",
     "store_kv",
 ]

@@ -6,14 +6,16 @@ sliding window slices the keys, and a mask is built only for tiles of queries, n
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._pieces import attend_pieces
+from ._cpu_schedule import CpuSchedule, Part
 from ._views import even_runs, is_flat, read_blocks, view_runs
+from .shapes import NO_WINDOW
 
 QUERY_TILE = 1024
 """Queries attended at once where a mask is needed: bounds the memory of the mask."""
@@ -26,10 +28,24 @@ LEAST_MASKED = 1024
 
 REREAD_KEYS = 2**24
 """Bytes of one head's keys, times their dimension, up to which its query heads read them one after the other, from a
-processor's cache: 1024 tokens of 64 numbers in float32, 256 of 128, where packing the heads has begun to pay."""
+processor's cache: 1024 tokens of 64 numbers in float32, 256 of 128, where packing the heads has begun to pay. Not where
+products of few rows are fast."""
 
 STREAMED_KEYS = 2**19
-"""Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache."""
+"""Elements of a sequence's K from which they are taken to come from memory, not from a processor's cache; there two
+plain products beat PyTorch's fused attention, unless products of few rows are fast."""
+
+CPU_INFO = "/proc/cpuinfo"
+
+
+@functools.cache
+def few_rows_are_fast() -> bool:
+    """Whether PyTorch multiplies a few rows as fast as it reads the matrix: MKL does on the processors of its maker."""
+    try:
+        with open(CPU_INFO, encoding="utf-8") as info:
+            return "GenuineIntel" in info.read(256) and torch.backends.mkl.is_available()
+    except OSError:
+        return False
 
 
 def attend_paged(
@@ -47,9 +63,19 @@ def attend_paged(
     window: int,
     softcap: float,
     shared_prefixes: Tensor | None = None,
+    schedule: CpuSchedule | None = None,
 ) -> Tensor:
-    """Attend over blocks: one call on a view where the batch allows it, else piece by piece or sequence by sequence."""
+    """Attend over blocks: in as few calls as the batch allows, else sequence by sequence.
+
+    schedule: of a CPU's decode step, made here if there is none.
+    """
     num_seqs, num_heads, query_len, _ = q.shape
+    if query_len == 1 and query_positions is None and q.is_cpu:
+        window = window if causal else NO_WINDOW
+        schedule = schedule or make_cpu_schedule(k_cache, v_cache, block_table, seq_lens, shared_prefixes, window)
+        out = _attend_scheduled(q, k_cache, v_cache, schedule, key_mask, sinks, softmax_scale, softcap)
+        if out is not None:
+            return out
     lens = seq_lens.tolist()
     limit = block_table.shape[1] * k_cache.shape[1]
     if lens and max(lens) > limit:
@@ -67,9 +93,6 @@ def attend_paged(
             k, v = (view_runs(cache, num_seqs, lens[0] - first * size, *run) for cache in (k_cache, v_cache))
             mask = None if key_mask is None else key_mask[:, first * size :]
             return attend_dense(q, k, v, mask, sinks, **options)
-    plain = key_mask is None and sinks is None and softcap == 0.0 and (not causal or window >= max(lens, default=0))
-    if plain and query_len == 1 and query_positions is None and q.is_cpu and q.shape[3] == v_cache.shape[3]:
-        return attend_pieces(q, k_cache, v_cache, block_table, lens, shared_prefixes, softmax_scale)
     out = q.new_zeros(num_seqs, query_len, num_heads, v_cache.shape[3])
     for row, seq_len in enumerate(lens):
         positions, oldest = None, seq_len - query_len
@@ -95,6 +118,94 @@ def attend_paged(
         else:
             out[row, real] = _attend_tiles(q_row[:, :, real], k, v, mask, sinks, positions[real], **options)[0]
     return out
+
+
+def make_cpu_schedule(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    shared_prefixes: Tensor | None,
+    window: int,
+) -> CpuSchedule | None:
+    """Return how a CPU reads the blocks of a decode step with one query per sequence; None if there are no tokens."""
+    lens = seq_lens.tolist()
+    if not any(lens):
+        return None
+    return CpuSchedule(
+        block_table,
+        lens,
+        () if shared_prefixes is None else shared_prefixes.tolist(),
+        block_size=k_cache.shape[1],
+        num_blocks=k_cache.shape[0],
+        window=window,
+        token_bytes=sum(math.prod(cache.shape[2:]) * cache.element_size() for cache in (k_cache, v_cache)),
+    )
+
+
+def _attend_scheduled(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    schedule: CpuSchedule | None,
+    key_mask: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    softcap: float,
+) -> Tensor | None:
+    """Attend one query per sequence; None if that has to be done otherwise.
+
+    What a view reaches behind the end of a sequence gets the weight 0, and changes nothing unless it is NaN or
+    infinite: then the result is NaN, and the sequences have to be read one by one.
+    """
+    if schedule is None:
+        return None
+    if key_mask is None and sinks is None and softcap == 0.0 and q.shape[3] == v_cache.shape[3]:
+        parts = schedule.parts
+        masked = any(part.reading.visible is not None for part in parts)
+        if len(parts) == 1 and not parts[0].shared and parts[0].end == len(q):
+            reading = parts[0].reading
+            k, v = reading.read(k_cache), reading.read(v_cache)
+            out = attend_one_query(q, k, v, softmax_scale, reading.bias(q.dtype))
+        else:
+            out = _attend_parts(q, k_cache, v_cache, parts, softmax_scale)
+    else:
+        reading = schedule.together
+        visible = reading.visible
+        if key_mask is not None:
+            begins = torch.tensor(reading.begins)[:, None]
+            shown = key_mask.gather(1, (begins + torch.arange(reading.count)).clamp(max=key_mask.shape[1] - 1)) != 0
+            visible = shown if visible is None else visible & shown
+        k, v, masked = reading.read(k_cache), reading.read(v_cache), visible is not None
+        out = _masked(q, k, v, None if visible is None else visible[:, None], sinks, softmax_scale, softcap)
+    return None if masked and math.isnan(float(out.sum())) else out
+
+
+def _attend_parts(q: Tensor, k_cache: Tensor, v_cache: Tensor, parts: list[Part], softmax_scale: float) -> Tensor:
+    """Attend one query per sequence to its parts, and join the results by their logsumexp (FlashDecoding).
+
+    The logsumexp is rounded like the scores that it sums, so joining loses no more than scoring.
+    """
+    num_seqs, num_heads, _, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    grouped = q.reshape(num_seqs, num_kv_heads, -1, head_dim)
+    group = grouped.shape[2]
+    acc = torch.zeros(grouped.shape, dtype=torch.float32)
+    total = acc.new_full(grouped.shape[:3], torch.finfo(torch.float32).min)
+    for part in parts:
+        rows, reading = slice(part.first, part.end), part.reading
+        k, v, packed = reading.read(k_cache), reading.read(v_cache), grouped[rows]
+        if part.shared:
+            packed = packed.transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            packed, k, v, attn_mask=reading.bias(q.dtype), scale=softmax_scale
+        )
+        if part.shared:
+            out = out.view(num_kv_heads, -1, group, head_dim).transpose(0, 1)
+            lse = lse.view(num_kv_heads, -1, group).transpose(0, 1)
+        acc[rows].lerp_(out.float(), torch.sigmoid(lse - total[rows])[..., None])
+        total[rows] = torch.logaddexp(total[rows], lse)
+    return acc.view(num_seqs, 1, num_heads, head_dim).to(q.dtype)
 
 
 def attend_dense(
@@ -160,10 +271,10 @@ def attend_one_query(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask
     """Attend one query per head to dense keys, at least one; mask: broadcast over heads."""
     num_seqs, num_heads, _, head_dim = q.shape
     _, num_kv_heads, seq_len, _ = k.shape
-    if mask is None and num_kv_heads * seq_len * head_dim >= STREAMED_KEYS and q.dtype == torch.float32:
+    group, fast = num_heads // num_kv_heads, few_rows_are_fast()
+    if mask is None and num_kv_heads * seq_len * head_dim >= STREAMED_KEYS and q.dtype == torch.float32 and not fast:
         return _stream_one_query(q, k, v, softmax_scale)
-    group = num_heads // num_kv_heads
-    if group > 1 and seq_len * head_dim**2 * k.element_size() > REREAD_KEYS:  # query heads become queries
+    if group > 1 and (fast or seq_len * head_dim**2 * k.element_size() > REREAD_KEYS):  # query heads become queries
         q = q.reshape(num_seqs, num_kv_heads, group, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=group > 1)
     return out.reshape(num_seqs, 1, num_heads, v.shape[3])

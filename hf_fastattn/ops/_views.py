@@ -49,9 +49,3 @@ def read_blocks(cache: Tensor, blocks: list[int], tokens: int) -> Tensor:
         return view_runs(cache, 1, tokens, blocks[0], 0)
     index = torch.tensor(blocks, dtype=torch.long, device=cache.device)
     return cache.index_select(0, index).flatten(0, 1)[:tokens].transpose(0, 1)[None]
-
-
-def stack_blocks(cache: Tensor, blocks: list[int], num_seqs: int, tokens: int) -> Tensor:
-    """Return the first tokens of each sequence's blocks as a copy (num_seqs, heads, tokens, dim); equally many each."""
-    index = torch.tensor(blocks, dtype=torch.long, device=cache.device)
-    return cache.index_select(0, index).unflatten(0, (num_seqs, -1)).flatten(1, 2)[:, :tokens].transpose(1, 2)

@@ -9,7 +9,8 @@ serves every step.
 import torch
 from torch import Tensor
 
-from ._library import DIRECT, define_op, is_plain
+from ._cpu_schedule import CpuSchedule
+from ._library import define_op, is_direct
 from ._torch import attend_dense, attend_one_query, attend_paged
 from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
 
@@ -27,7 +28,7 @@ def decode_attention(
     window: int = NO_WINDOW,
     softcap: float = 0.0,
     shared_prefixes: Tensor | None = None,
-    schedule: Tensor | None = None,
+    schedule: Tensor | CpuSchedule | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
     """Attend the last ``query_len`` (1 to 32) positions of each sequence to its keys, causally.
@@ -78,6 +79,8 @@ def decode_attention(
             f"decode_attention takes at most {MAX_DECODE_QUERY_LEN} queries per sequence, got {q.shape[2]}: "
             "use prefill_attention"
         )
+    if isinstance(schedule, CpuSchedule) and not is_direct("decode_attention", q):  # whoever sees the op sees tensors
+        schedule = None
     options = (softmax_scale, window, softcap, shared_prefixes, schedule, batch_invariant)
     return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, *options)
 
@@ -91,11 +94,9 @@ def decode_at_once(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Ten
     Returns:
         What :func:`decode_attention` would; None for any other call.
     """
-    if not (q.is_cpu and is_plain(q) and q.dtype == k.dtype == v.dtype and q.shape[2] == 1):
+    if not (is_direct("decode_attention", q) and q.dtype == k.dtype == v.dtype and q.shape[2] == 1):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return None
-    if DIRECT["decode_attention"]["cpu"] is not _torch_decode_attention:  # somebody put another one in its place
         return None
     return attend_one_query(q, k, v, softmax_scale)
 
@@ -112,7 +113,7 @@ def _torch_decode_attention(
     window: int,
     softcap: float,
     shared_prefixes: Tensor | None = None,
-    _schedule: Tensor | None = None,
+    schedule: Tensor | CpuSchedule | None = None,
     _batch_invariant: bool = False,
 ) -> Tensor:
     if block_table is None or seq_lens is None:
@@ -133,6 +134,7 @@ def _torch_decode_attention(
         window=window,
         softcap=softcap,
         shared_prefixes=shared_prefixes,
+        schedule=schedule if isinstance(schedule, CpuSchedule) else None,
     )
 
 

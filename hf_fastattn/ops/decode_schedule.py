@@ -1,6 +1,7 @@
 """decode_schedule: who reads which keys in a decode step, worked out on the device once for all layers of a kind.
 
-After stream-K (Osama et al., 2023): all KV tiles of the step are one list, cut into equal ranges for a fixed grid.
+After stream-K (Osama et al., 2023): all KV tiles of the step are one list, cut into equal ranges for a fixed grid. A
+CPU has a schedule of another kind, see ops/_cpu_schedule.py.
 """
 
 import importlib
@@ -8,7 +9,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from ._library import define_op, has_triton
+from ._cpu_schedule import CpuSchedule
+from ._library import define_op, has_triton, is_direct
+from ._torch import make_cpu_schedule
 from .shapes import NO_WINDOW, check_attention, check_shared_prefixes
 
 
@@ -22,7 +25,7 @@ def decode_schedule(
     window: int = NO_WINDOW,
     shared_prefixes: Tensor | None = None,
     batch_invariant: bool = False,
-) -> Tensor:
+) -> Tensor | CpuSchedule:
     """Return the schedule of a decode step for decode_attention, whose arguments these are.
 
     Of q, k, v and block_table only shapes and dtypes are read, so that those of any layer of a kind serve; seq_lens and
@@ -30,8 +33,8 @@ def decode_schedule(
     a length or the sharing changes: make it once per step for each (shapes, window).
 
     Returns:
-        int32 of a shape that follows from shapes alone: to be passed on, not to be read. Empty on a CPU, whose
-        decode_attention needs none.
+        What to pass on, not to be read: on a GPU int32 of a shape that follows from shapes alone. On a CPU an object in
+        eager calls with one query per sequence over blocks, else an empty tensor: decode_attention needs none there.
 
     Raises:
         ValueError, TypeError: as decode_attention.
@@ -42,6 +45,10 @@ def decode_schedule(
     check_attention(q, k, v, block_table, seq_lens, None, None)
     if shared_prefixes is not None:
         check_shared_prefixes(shared_prefixes, block_table, None)
+    if block_table is not None and seq_lens is not None and q.shape[2] == 1 and is_direct("decode_schedule", q):
+        schedule = make_cpu_schedule(k, v, block_table, seq_lens, shared_prefixes, window)
+        if schedule is not None:
+            return schedule
     return _OP(q, k, v, block_table, seq_lens, shared_prefixes, window, batch_invariant)
 
 

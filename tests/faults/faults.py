@@ -245,11 +245,15 @@ FAULTS = [
         ("tests/test_ops.py", "-k", "at_once"),
         ("at once under gradients", "if torch.is_grad_enabled() or torch.is_autocast", "if torch.is_autocast"),
         ("at once under autocast", 'if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):', _GRAD),
-        ("at once past dispatch modes", "q.is_cpu and is_plain(q) and", "q.is_cpu and"),
-        ("at once past another implementation", '["cpu"] is not _torch_decode_attention:', '["cpu"] is None:'),
-        ("at once on any device", "if not (q.is_cpu and is_plain(q) and", "if not (is_plain(q) and"),
         ("at once in several dtypes", "and q.dtype == k.dtype == v.dtype and", "and"),
         ("at once for several queries", " and q.shape[2] == 1):\n        return None", "):\n        return None"),
+    ),
+    *_in(
+        "ops/_library.py",
+        ("tests/test_ops.py", "-k", "at_once"),
+        ("straight past dispatch modes", "return tensor.is_cpu and is_plain(tensor) and", "return tensor.is_cpu and"),
+        ("straight past another implementation", ' and DIRECT[name]["cpu"] is _DEFINED[name]', ""),
+        ("straight on any device", "return tensor.is_cpu and is_plain(tensor)", "return is_plain(tensor)"),
     ),
     *_in(
         "run_views.py",

@@ -4,8 +4,8 @@ from .faults import Fault
 
 BLOCKS, POOL = "hf_fastattn/block_pool.py", "hf_fastattn/kv_pool.py"
 STATE, CACHE, STORE = "hf_fastattn/paged_state.py", "hf_fastattn/cache.py", "hf_fastattn/prefix_store.py"
-PIECES, VIEWS, TORCH = "hf_fastattn/ops/_pieces.py", "hf_fastattn/ops/_views.py", "hf_fastattn/ops/_torch.py"
-TEST_SHARING, TEST_STORE, TEST_PIECES = (f"tests/test_{name}.py" for name in ("sharing", "prefix_store", "pieces"))
+SCHEDULE, VIEWS, TORCH = (f"hf_fastattn/ops/{name}.py" for name in ("_cpu_schedule", "_views", "_torch"))
+TEST_SHARING, TEST_STORE, TEST_CPU = (f"tests/test_{name}.py" for name in ("sharing", "prefix_store", "cpu_schedule"))
 
 
 def _in(file: str, tests: tuple[str, ...], *faults: tuple[str, str, str]) -> list[Fault]:
@@ -183,28 +183,76 @@ SHARING_FAULTS = [
         ("old weights are kept", "        if not self._is_current(root):\n            return 0\n", ""),
     ),
     *_in(
-        PIECES,
-        (TEST_PIECES,),
-        (
-            "partial results are added",
-            "weight = torch.exp(maximum[rows] - new), torch.exp(lse - new)",
-            "weight = torch.exp(maximum[rows] - new), torch.ones_like(lse)",
-        ),
-        ("a shared prefix is seen again", "            begin[first : first + count] = [end_block] * count\n", ""),
-        (
-            "any length is stacked",
-            "if own and own[-1].tokens == tokens < MIN_RUN and tokens:",
-            "if own and tokens < MIN_RUN:",
-        ),
+        SCHEDULE,
+        (TEST_CPU,),
+        ("a shared prefix is read again", "                begins[first : first + count] = [end] * count\n", ""),
+        ("unused entries are read", "if count and (count - 1)", "if (count - 1)"),
+        ("every level is worth a call", "> 2 * CALL_BYTES:", "> 0:"),
         (
             "runs are cut one block late",
-            "if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:",
-            "if i == len(blocks) or (i > 1 and blocks[i - 1] != blocks[i - 2] + 1):",
+            "if blocks[i] != blocks[i - 1] + 1)",
+            "if i > 1 and blocks[i - 1] != blocks[i - 2] + 1)",
+        ),
+        (
+            "short runs are calls",
+            "        if (end - begin) * self.token_bytes < (len(cuts)",
+            "        if False and (len(cuts)",
+        ),
+        (
+            "views are not held to the cache",
+            " and first + (len(starts) - 1) * distance + count <= num_slots else",
+            " else",
+        ),
+        ("views may begin before the cache", "if first >= 0 and first +", "if first +"),
+        ("distances are rounded", "or distances or rest or", "or distances or"),
+        ("any distances are even", "or distances or rest", "or rest"),
+        (
+            "what is scattered is taken for a run",
+            "        if blocks != list(range(blocks[0], blocks[0] + len(blocks))):",
+            "        if not blocks:",
+        ),
+        ("views of windows are never too long", "            if count < COPIED * self.count:", "            if True:"),
+        ("what lies behind a sequence is visible", "(place >= low) & (place < high)", "place >= low"),
+        ("what lies before a window is visible", "(place >= low) & (place < high)", "place < high"),
+        (
+            "the distance of views is one of heads",
+            "(distance * slot, head, slot, dim)",
+            "(distance * head, head, slot, dim)",
+        ),
+        (
+            "windows are not applied",
+            "self.begins = [max(n - window, 0) for n in lens]",
+            "self.begins = [0 for n in lens]",
+        ),
+        ("a batch is always one call", "        if time > needed + 2 * CALL_BYTES * len(live):", "        if False:"),
+        ("a batch is never one call", "for part in alone) < time:", "for part in alone) < 1e30 * time:"),
+    ),
+    *_in(
+        TORCH,
+        (TEST_CPU,),
+        (
+            "partial results are averaged",
+            "torch.sigmoid(lse - total[rows])[..., None]",
+            "torch.full_like(lse, 0.5)[..., None]",
+        ),
+        ("joined parts are forgotten", "total[rows] = torch.logaddexp(total[rows], lse)", "total[rows] = lse"),
+        ("nobody looks for NaN", "return None if masked and math.isnan(float(out.sum())) else out", "return out"),
+        ("holes are seen", "visible = shown if visible is None else visible & shown", "visible = visible"),
+        ("parts are not masked", "packed, k, v, attn_mask=reading.bias(q.dtype), scale", "packed, k, v, scale"),
+        ("every processor is fast", '"GenuineIntel" in info.read(256) and', ""),
+    ),
+    *_in(
+        "hf_fastattn/ops/decode_attention.py",
+        (TEST_CPU,),
+        (
+            "whoever sees the op sees objects",
+            "isinstance(schedule, CpuSchedule) and not is_direct(",
+            "False and not is_direct(",
         ),
     ),
     *_in(
         VIEWS,
-        ("tests/test_ops.py", TEST_PIECES),
+        ("tests/test_ops.py", TEST_CPU),
         ("any blocks taken for a run", "blocks == list(range(blocks[0], blocks[0] + len(blocks)))", "True"),
         ("any rows taken for even runs", "if row != list(range(start, start + num_blocks)):", "if row[0] != start:"),
         (
@@ -212,11 +260,10 @@ SHARING_FAULTS = [
             "(distance * block, head, slot, dim)",
             "(0, head, slot, dim)",
         ),
-        ("the end of the last block is seen", ".flatten(1, 2)[:, :tokens]", ".flatten(1, 2)"),
     ),
     *_in(
         TORCH,
-        (f"{TEST_PIECES}::test_long_sequences_stream_their_keys",),
+        (f"{TEST_CPU}::test_long_sequences_stream_their_keys",),
         ("streamed scores are not scaled", "q = (q * softmax_scale).view(", "q = q.view("),
         (
             "streamed keys in the wrong order",
