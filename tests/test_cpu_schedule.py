@@ -77,6 +77,7 @@ def test_what_can_be_viewed(rows, begins, ends, even, count):
         ([[3, 4], [10], []], [0, 0, 0], [20, 5, 0]),
         ([[3, 9], [7], []], [0, 3, 0], [20, 5, 0]),
         ([[-1, 4], [10, 11]], [18, 10], [20, 30]),
+        ([[-1, 4], [10, 11], [17, 18]], [18, 10, 12], [20, 30, 25]),
         ([[-1, 4, 2], [10, 11, 1]], [18, 30], [40, 48]),
     ],
 )
@@ -111,12 +112,15 @@ def test_a_batch_is_one_call_where_a_call_costs_more_than_what_it_reads_in_vain(
         assert parts(rows, [64, 3], token_bytes=2**16)[-1] == (1, 2, False, [0], [3])
     assert one_call([[0, 1, 2, 3], [8, 9, 10, 11]], [64, 63], token_bytes=2**16)
     assert one_call([[0, 5, 2, 9]], [64], token_bytes=1024)
+    assert one_call([[0, 5], [9, 2]], [32, 32], token_bytes=10000), "one by one they would be copied too"
 
 
 def test_a_sequence_is_cut_where_its_blocks_are_not_side_by_side():
     rows = [[4, 5, 6, 9, 10, 11]]
     assert parts(rows, [90]) == [(0, 1, False, [0], [48]), (0, 1, False, [48], [90])]
     assert one_call(rows, [90], token_bytes=1024), "short runs are copied together"
+    shared = [[0, 5, 2, 9, last] for last in (20, 30, 40, 50)]
+    assert parts(shared, [70] * 4, [[0, 4, 0, 4]], token_bytes=4096)[0] == (0, 4, True, [0], [64])
     assert parts(rows, [90], window=60) == [(0, 1, False, [30], [48]), (0, 1, False, [48], [90])]
 
 
@@ -251,6 +255,17 @@ def test_shared_prefixes_of_two_levels(monkeypatch, dtype, heads, kv_heads, call
     shared = [share(call, 0, 4, 0, 3), share(call, 0, 2, 3, 5), share(call, 2, 2, 3, 5), [0, 0, 0, 0]]
     attend(call, shared)
     attend(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ends_of_different_lengths_are_one_call_behind_what_is_shared(monkeypatch, dtype):
+    call = flat(Call((100, 104, 98, 128), dtype=dtype, unowned=GARBAGE))
+    monkeypatch.setattr(_cpu_schedule, "CALL_BYTES", 80 * call.k[0, 0].numel() * call.k.element_size())
+    shared = [share(call, 0, 4, 0, 6)]
+    attend(call, shared)
+    made = {"block_table": call.block_table, "seq_lens": call.seq_lens}
+    once = ops.decode_schedule(call.q, call.k, call.v, shared_prefixes=torch.tensor(shared).int(), **made)
+    assert [(part.shared, part.reading.visible is None) for part in once.parts] == [(True, True), (False, False)]
 
 
 def test_a_prefix_is_read_once(monkeypatch):

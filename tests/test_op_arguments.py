@@ -23,9 +23,10 @@ def test_a_token_without_a_block_is_an_error_and_nothing_is_written(past_len, ta
     assert not v_cache.any()
 
 
+@pytest.mark.parametrize("query_len", [1, 3])
 @pytest.mark.parametrize("name", ["prefill_attention", "decode_attention"])
-def test_a_length_beyond_the_block_table_is_an_error(name):
-    call = Call((33, 4))
+def test_a_length_beyond_the_block_table_is_an_error(name, query_len):
+    call = Call((33, 4), query_len=query_len)
     call.block_table = call.block_table[:, :2].contiguous()
     with pytest.raises(ValueError, match=r"33 tokens is longer than its block table, which holds 32"):
         call.run(ops, name)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ._views import is_flat
+from ._views import check_lens, is_flat
 from .shapes import NO_WINDOW
 
 CALL_BYTES = 2**18
@@ -149,9 +149,7 @@ class CpuSchedule:
         window: int = NO_WINDOW,
         token_bytes: int,
     ) -> None:
-        limit = table.shape[1] * block_size
-        if max(lens) > limit:
-            raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
+        check_lens(lens, table, block_size)
         self.rows = [row[: -(-n // block_size)] for row, n in zip(table.tolist(), lens, strict=True)]
         self.lens, self.shared, self.token_bytes = lens, shared, token_bytes
         self.block_size, self.num_blocks = block_size, num_blocks

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._cpu_schedule import CpuSchedule, Part
-from ._views import even_runs, is_flat, read_blocks, view_runs
+from ._views import check_lens, even_runs, is_flat, read_blocks, view_runs
 from .shapes import NO_WINDOW
 
 QUERY_TILE = 1024
@@ -77,9 +77,7 @@ def attend_paged(
         if out is not None:
             return out
     lens = seq_lens.tolist()
-    limit = block_table.shape[1] * k_cache.shape[1]
-    if lens and max(lens) > limit:
-        raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
+    check_lens(lens, block_table, k_cache.shape[1])
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}
     size = k_cache.shape[1]
 

@@ -1,6 +1,6 @@
 """Blocks as dense tensors on a CPU: views where the blocks of a sequence are one run, else gathered copies."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ def even_runs(block_table: Tensor, num_blocks: int) -> tuple[int, int] | None:
         if row != list(range(start, start + num_blocks)):
             return None
     return first, distance
+
+
+def check_lens(lens: Sequence[int], block_table: Tensor, block_size: int) -> None:
+    """Raise ValueError if a sequence is longer than the block table."""
+    limit = block_table.shape[1] * block_size
+    if max(lens, default=0) > limit:
+        raise ValueError(f"a sequence of {max(lens)} tokens is longer than its block table, which holds {limit}")
 
 
 def is_flat(cache: Tensor) -> bool:

@@ -95,8 +95,8 @@ FAULTS = [
         ),
         (
             "length beyond the table accepted",
-            "if lens and max(lens) > limit:",
-            "if lens and max(lens) > limit and False:",
+            "    check_lens(lens, block_table, k_cache.shape[1])\n",
+            "",
         ),
         ("query positions as if without gaps", "if causal and last - int(positions[real[0]]) == count:", "if causal:"),
     ),
