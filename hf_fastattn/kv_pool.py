@@ -6,6 +6,8 @@ other devices every block keeps its number.
 """
 
 import functools
+import math
+import mmap
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
@@ -283,16 +285,32 @@ def move_blocks(
 
 
 def allocate_blocks(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return uninitialized blocks, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
+    """Return blocks to be written, (num_blocks, block_size, num_kv_heads, head_dim), with dtype and device of ``like``.
 
-    In a CPU's memory all tokens of a head lie together, so that a run of blocks is contiguous per head; on other
-    devices a token's heads lie together.
+    In a CPU's memory all tokens of a head lie together, so that a run of blocks is contiguous per head, and what was
+    never written is 0; on other devices a token's heads lie together.
     """
     num_blocks, block_size, num_heads, head_dim = shape
     if like.device.type == "cpu":
-        blocks = like.new_empty(num_heads, num_blocks, block_size, head_dim).permute(1, 2, 0, 3)
+        blocks = _zero_pages((num_heads, num_blocks, block_size, head_dim), like.dtype).permute(1, 2, 0, 3)
     else:
         blocks = like.new_empty(num_blocks, block_size, num_heads, head_dim)
     torch._dynamo.mark_static_address(blocks)
     torch._dynamo.maybe_mark_dynamic(blocks, 0)  # a compiled step serves pools of any size
     return blocks
+
+
+def _zero_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros in a CPU's memory, of which only what is touched takes time and room.
+
+    Attention over a batch reaches behind the ends of shorter sequences (ops/_cpu_schedule.py), where NaN would cost
+    time; memory that was used before may hold anything.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.zeros(shape, dtype=dtype)
+    try:
+        pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise MemoryError(f"no room for {size} bytes of keys or values") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

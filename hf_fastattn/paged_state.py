@@ -64,7 +64,7 @@ class PagedState:
         self.devices: dict[torch.device, DeviceTables] = {}
         self.step: Step | None = None
         self.thread = 0  # that began the step
-        self.steady: Step | None = None  # the last forward pass, if a decode step that the next one may be like
+        self.steady: Step | None = None  # the last forward pass, if a decode step behind it need not be planned
         self.padding = Columns(keep_hidden=keep_hidden)
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
@@ -196,7 +196,7 @@ class PagedState:
         return step
 
     def repeat(self, layer_idx: int, new: Tensor, num_layers: int) -> Step | None:
-        """Begin a decode step like the last one, whose tokens lie where those of the last one say.
+        """Begin a decode step whose tokens lie where those of the last forward pass say.
 
         On a CPU, of sequences of one length without padding: nothing has to be planned, and views of the tokens are
         what any attention expects, whatever its mask.
@@ -279,9 +279,9 @@ class PagedState:
         self.step = None
 
     def _is_steady(self, step: Step) -> bool:
-        """Return whether decode steps like a complete one can follow it, see :meth:`repeat`."""
+        """Return whether decode steps can follow a complete one without being planned, see :meth:`repeat`."""
         unpadded = step.runs is not None and step.lens[0] == self.columns
-        return step.query_len == 1 and unpadded and self.window is None  # a layer has to say how far it looks back
+        return unpadded and self.window is None  # a layer has to say how far it looks back
 
     def _advance_devices(self, step: Step) -> None:
         for tables in self.devices.values():

@@ -66,6 +66,7 @@ class Reading:
             place, (low, high) = torch.arange(self.count), torch.tensor(inside).T[:, :, None]
             self.visible = (place >= low) & (place < high)
         self._biases: dict[torch.dtype, Tensor] = {}
+        self._places: dict[tuple[int, int, int], Tensor] = {}  # in caches by their strides and heads
 
     @cached_property
     def slots(self) -> Tensor:
@@ -90,18 +91,22 @@ class Reading:
 
     def read(self, cache: Tensor) -> Tensor:
         """Return the tokens of one layer's cache, (num_seqs, num_kv_heads, count, head_dim)."""
-        _, block_size, num_heads, head_dim = cache.shape
-        num_seqs = len(self.rows)
-        if not is_flat(cache):
-            tokens = cache[self.slots // block_size, self.slots % block_size]
-        elif self.even:
+        num_blocks, block_size, num_heads, head_dim = cache.shape
+        shape, (_, slot, head, dim) = (len(self.rows), num_heads, self.count, head_dim), cache.stride()
+        flat = is_flat(cache)
+        if self.even and flat:
             first, distance = self.even
-            _, slot, head, dim = cache.stride()
-            shape, strides = (num_seqs, num_heads, self.count, head_dim), (distance * slot, head, slot, dim)
-            return cache.as_strided(shape, strides, cache.storage_offset() + first * slot)
-        else:
-            tokens = cache.view(-1, num_heads, head_dim).index_select(0, self.slots)
-        return tokens.view(num_seqs, self.count, num_heads, head_dim).transpose(1, 2)
+            return cache.as_strided(shape, (distance * slot, head, slot, dim), cache.storage_offset() + first * slot)
+        if flat and dim == 1 and not (slot % head_dim or head % head_dim):  # one row per token and head, in any order
+            apart = slot // head_dim, head // head_dim, num_heads
+            if apart not in self._places:
+                heads = torch.arange(num_heads)[:, None] * apart[1]
+                self._places[apart] = (self.slots.view(-1, 1, self.count) * apart[0] + heads).flatten()
+            length = (num_blocks * block_size - 1) * apart[0] + (num_heads - 1) * apart[1] + 1
+            tokens = cache.as_strided((length, head_dim), (head_dim, 1))
+            return tokens.index_select(0, self._places[apart]).view(shape)
+        tokens = cache[self.slots // block_size, self.slots % block_size]
+        return tokens.view(len(self.rows), self.count, num_heads, head_dim).transpose(1, 2)
 
     def cost(self, token_bytes: int) -> int:
         """Return how long a call takes that reads this, in bytes read."""
