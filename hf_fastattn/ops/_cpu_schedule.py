@@ -20,7 +20,7 @@ from .shapes import NO_WINDOW
 CALL_BYTES = 2**18
 """Bytes of keys and values that are read in the time of one more call."""
 
-COPIED = 3
+COPIED = 2
 """Bytes read in the time in which one is copied first, and read then."""
 
 
@@ -167,7 +167,7 @@ class CpuSchedule:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The same in the calls that take least time together, whose results have to be joined."""
+        """The same in the calls that take least time together; results for the same sequences have to be joined."""
         parts, begins = [], list(self.begins)
         for first, count, _, end_block in self.shared if not any(begins) else ():
             begin, end = begins[first], end_block * self.block_size
@@ -179,11 +179,18 @@ class CpuSchedule:
             return parts
         together = self.together if not parts else self._read(self.rows, begins, self.lens)
         time, needed = together.cost(self.token_bytes), (sum(self.lens) - sum(begins)) * self.token_bytes
-        if time > needed + 2 * CALL_BYTES * len(live):  # a call for each would be faster, if it copied nothing
+        if time > needed + CALL_BYTES * len(live):  # a call for each would be faster, if it copied nothing
             alone = [Part(row, row + 1, run) for row in live for run in self._runs(row, begins[row], self.lens[row])]
-            if sum(CALL_BYTES + part.reading.cost(self.token_bytes) for part in alone) < time:
+            joins = len(alone) if parts or len(alone) > len(live) else 0
+            if sum(part.reading.cost(self.token_bytes) for part in alone) + joins * CALL_BYTES < time:
                 return [*parts, *alone]
         return [*parts, Part(0, len(self.rows), together)]
+
+    @cached_property
+    def disjoint(self) -> bool:
+        """Whether every sequence is in one part, so that there is nothing to join."""
+        rows = [row for part in self.parts for row in range(part.first, part.end)]
+        return rows == list(range(len(self.rows))) and not any(part.shared for part in self.parts)
 
     def _runs(self, row: int, begin: int, end: int) -> list[Reading]:
         """Return how to read tokens of one sequence: run by run if the runs are long enough, else all at once."""

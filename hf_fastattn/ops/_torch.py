@@ -159,14 +159,16 @@ def _attend_scheduled(
     if schedule is None:
         return None
     if key_mask is None and sinks is None and softcap == 0.0 and q.shape[3] == v_cache.shape[3]:
-        parts = schedule.parts
-        masked = any(part.reading.visible is not None for part in parts)
-        if len(parts) == 1 and not parts[0].shared and parts[0].end == len(q):
-            reading = parts[0].reading
-            k, v = reading.read(k_cache), reading.read(v_cache)
-            out = attend_one_query(q, k, v, softmax_scale, reading.bias(q.dtype))
+        masked = any(part.reading.visible is not None for part in schedule.parts)
+        if schedule.disjoint:
+            outs = []
+            for part in schedule.parts:
+                k, v = part.reading.read(k_cache), part.reading.read(v_cache)
+                bias = part.reading.bias(q.dtype)
+                outs.append(attend_one_query(q[part.first : part.end], k, v, softmax_scale, bias))
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
         else:
-            out = _attend_parts(q, k_cache, v_cache, parts, softmax_scale)
+            out = _attend_parts(q, k_cache, v_cache, schedule.parts, softmax_scale)
     else:
         reading = schedule.together
         visible = reading.visible

@@ -224,8 +224,8 @@ SHARING_FAULTS = [
             "self.begins = [max(n - window, 0) for n in lens]",
             "self.begins = [0 for n in lens]",
         ),
-        ("a batch is always one call", "        if time > needed + 2 * CALL_BYTES * len(live):", "        if False:"),
-        ("a batch is never one call", "for part in alone) < time:", "for part in alone):"),
+        ("a batch is always one call", "        if time > needed + CALL_BYTES * len(live):", "        if False:"),
+        ("a batch is never one call", "for part in alone) + joins * CALL_BYTES < time:", "for part in alone):"),
     ),
     *_in(
         TORCH,
@@ -236,6 +236,7 @@ SHARING_FAULTS = [
             "torch.full_like(lse, 0.5)[..., None]",
         ),
         ("joined parts are forgotten", "total[rows] = torch.logaddexp(total[rows], lse)", "total[rows] = lse"),
+        ("parts are never joined", "if schedule.disjoint:", "if True:"),
         ("nobody looks for NaN", "return None if masked and math.isnan(float(out.sum())) else out", "return out"),
         ("holes are seen", "visible = shown if visible is None else visible & shown", "visible = visible"),
         ("parts are not masked", "packed, k, v, attn_mask=reading.bias(q.dtype), scale", "packed, k, v, scale"),
