@@ -77,18 +77,19 @@ class PagedByDefault:
                 generation_config, model_kwargs, mode, batch_size, max_cache_length
             )
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        rows = batch_size * sequences
         steps = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # others never take a compiled step
         probe = {CACHE_NAME: SimpleNamespace(is_compileable=True)}
         length = None
         if steps and max_cache_length > 0 and self._valid_auto_compile_criteria(probe, generation_config):
-            config, rows = text_config(self.config), batch_size * sequences  # type: ignore[attr-defined]
+            config = text_config(self.config)  # type: ignore[attr-defined]
             new_tokens = _new_tokens(generation_config, model_kwargs, max_cache_length)
             length, bucket = length_to_size(self, config, rows, max_cache_length, new_tokens)
             generation_config._bucket_of_call = bucket
         model_kwargs[CACHE_NAME] = _make_cache(
             self, generation_config, model_kwargs, batch_size, max_cache_length, sequences, length
         )
-        if steps and not generation_config.return_dict_in_generate:  # nobody sees the logits of finished rows
+        if steps and rows > 1 and not generation_config.return_dict_in_generate:  # nobody sees finished rows' logits
             generation_config._cache_of_call = weakref.ref(model_kwargs[CACHE_NAME])
         return None
 

@@ -31,6 +31,11 @@ WINDOW_MARGIN = 128
 """Tokens behind a sliding window that are kept, so that crop() can go back by as many (assisted decoding does)."""
 
 
+LOOK_AHEAD = 4
+"""When one sequence needs a block, others that will need one within 1 / LOOK_AHEAD of it get theirs too, so that tables
+are written anew once for all of them. Not in a pool of fixed size, nor where blocks behind a window are freed."""
+
+
 class PagedState:
     """Bookkeeping of one paged cache: see the module's docstring.
 
@@ -186,7 +191,7 @@ class PagedState:
             if columns and (step.rests or columns + query_len > self.prompt_columns):
                 self._end_sharing()
             step.group = self._group
-        self._reserve(step.lens)
+        self._reserve(step.lens, growing=query_len == 1)
         if not traced and new.is_cpu:
             step.runs = self._find_runs(step)
         if step.runs is None:
@@ -292,11 +297,12 @@ class PagedState:
         """Let go of sequences that have finished: their blocks are freed, and decode steps store nothing of theirs.
 
         Their columns count as padding, which later masks have to hide; until sequences are chosen or columns removed.
+        Nothing happens once all have finished: no step follows.
 
         Args:
             finished: whether each sequence has finished.
         """
-        if self.reserved or not any(finished):
+        if self.reserved or not any(finished) or all(finished):
             return
         if len(finished) != self.num_seqs:
             raise ValueError(f"expected to hear about {self.num_seqs} sequences, got {len(finished)}")
@@ -494,17 +500,24 @@ class PagedState:
         detail = f"; a sequence would reach {tokens} tokens, max_length is {self.max_length}"
         return BlockPoolExhausted(max(wanted, 1), self.pool.num_free, self.pool.num_blocks, detail)
 
-    def _reserve(self, lens: Sequence[int]) -> None:
+    def _reserve(self, lens: Sequence[int], *, growing: bool = False) -> None:
+        """Give each sequence blocks for that many tokens; growing: one more each, and so on in the next steps."""
         if self.max_length is not None and max(lens) > self.max_length:
             if not self.elastic:
                 raise self.too_long(max(lens))
             self.stretch()
-        missing = self.tables.missing(lens, self._group)
+        group = self._group
+        missing = self.tables.missing(lens, group)
         if not missing:
             return
         if missing > self.pool.num_free:
             self.memory.make_room(missing)
-        if self.tables.reserve(lens, self._group):
+        if growing and group == 1 and self.memory.num_blocks is None and not self.frees:
+            ahead = self.block_size // LOOK_AHEAD
+            soon = [n + ahead if n > past else n for n, past in zip(lens, self.tables.lens, strict=True)]
+            if self.tables.missing(soon) <= self.pool.num_free:
+                lens = soon
+        if self.tables.reserve(lens, group):
             self.refresh()
 
     @property

@@ -1,11 +1,14 @@
-"""What every test shares: memory that nobody wrote is NaN, and tiny models whose attention is sharp."""
+"""What every test shares: memory that nobody wrote holds garbage, and tiny models whose attention is sharp."""
 
+import functools
 import os
 
 import pytest
 import torch
 
+from hf_fastattn import kv_pool
 from hf_fastattn.block_pool import BlockTables
+from tests.op_calls import NAN
 from tests.tiny import Pair, make_pair
 
 
@@ -27,20 +30,24 @@ def all_by_table():
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory():
-    """Fill what torch.empty and new_empty return with NaN: whatever is read before it was written shows."""
+    """Fill memory with what shows when it is read before it was written: NaN; in a CPU's blocks, the garbage of others.
+
+    NaN there would only show how attention avoids it, see tests/test_cpu_schedule.py and tests/test_cache_failures.py.
+    """
     patch = pytest.MonkeyPatch()
-    for owner, name in ((torch, "empty"), (torch.Tensor, "new_empty")):
-        patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    for owner, name, value in ((torch, "empty", NAN), (torch.Tensor, "new_empty", NAN), (kv_pool, "_zero_pages", 1e4)):
+        patch.setattr(owner, name, _poisoned(getattr(owner, name), value))
     yield
     patch.undo()
 
 
-def _poisoned(make):
+def _poisoned(make, value):
+    @functools.wraps(make)
     def poisoned(*args, **kwargs):
         tensor = make(*args, **kwargs)
         if tensor.is_floating_point() and not tensor.is_meta:
             with torch.no_grad():
-                tensor.fill_(float("nan"))
+                tensor.fill_(value)
         return tensor
 
     return poisoned

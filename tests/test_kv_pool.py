@@ -123,3 +123,23 @@ def test_going_back_allocates_nothing_where_blocks_keep_their_numbers(monkeypatc
     assert set(ops.names) == ({"slice"} if device == "meta" else {"slice", "index", "index_put_"})
     assert pool.ids.num_blocks == 10
     assert {len(tensor) for layer in pool.layers for tensor in layer.tensors} == {10}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 16, 8), (1, 0, 16, 8)])
+def test_what_was_never_written_is_zero(dtype, shape):
+    zeros = kv_pool._zero_pages.__wrapped__(shape, dtype)
+    assert (zeros.shape, zeros.dtype) == (shape, dtype)
+    assert zeros.is_contiguous()
+    assert not zeros.any()
+    zeros.fill_(1)  # it may be written to
+    assert zeros.all()
+
+
+def test_no_memory_for_blocks_is_a_memory_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(kv_pool.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="no room for 64 bytes of keys or values"):
+        kv_pool._zero_pages.__wrapped__((1, 1, 2, 8), torch.float32)

@@ -1,6 +1,7 @@
 """The Cache protocol of PagedCache, through forward passes of tiny models with sharp attention."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -231,3 +232,23 @@ def test_a_mask_that_changes_cached_columns_is_an_error(llama, sizes):
     with pytest.raises(ValueError, match="shape"):
         llama.fast(ids[:, 10:], past_key_values=cache, attention_mask=mask[:, :13])
     assert_logits(feed(llama.fast, ids[:, 10:], cache, mask, [4]), eager(llama, ids, mask)[:, 10:])
+
+
+def test_sequences_that_need_a_block_soon_get_it_along_with_the_first_that_does(llama):
+    """The blocks of a ragged batch after each step: three sequences, one to three tokens apart, get theirs at once."""
+    lens, columns = [30, 29, 27, 20], 44
+    ids, mask = tokens(4, columns), left_padding(lens, 30)
+    mask = torch.cat([mask, torch.ones(4, columns - 30, dtype=torch.long)], 1)
+    for sizes, together in (({}, True), ({"num_blocks": 16}, False)):
+        cache = llama.cache(**sizes)
+        got, counts = [feed(llama.fast, ids[:, :30], cache, mask, [30])], []
+        for i in range(30, columns):
+            got.append(feed(llama.fast, ids[:, i : i + 1], cache, mask))
+            counts.append([len(row) for row in cache.state.tables.rows])
+        check_state(cache)
+        assert_logits(torch.cat(got, 1), eager(llama, ids, mask), mask)
+        changes = [counts[0], *(new for old, new in itertools.pairwise(counts) if old != new)]
+        if together:
+            assert changes == [[2, 2, 2, 2], [3, 3, 3, 2], [3, 3, 3, 3]]
+        else:
+            assert changes == [[2, 2, 2, 2], [3, 2, 2, 2], [3, 3, 2, 2], [3, 3, 3, 2], [3, 3, 3, 3]]

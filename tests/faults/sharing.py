@@ -272,4 +272,33 @@ SHARING_FAULTS = [
             "scores.softmax(-1), v_i.flip(0), out=out_i)",
         ),
     ),
+    *_in(
+        STATE,
+        ("tests/test_paged_cache.py", "-k", "need_a_block_soon"),
+        ("every block at the last moment", "if growing and group == 1 and", "if False and"),
+        ("pools of fixed size look ahead", "self.memory.num_blocks is None and not self.frees:", "not self.frees:"),
+        (
+            "blocks for twice as long ahead",
+            "ahead = self.block_size // LOOK_AHEAD",
+            "ahead = 2 * self.block_size // LOOK_AHEAD",
+        ),
+    ),
+    *_in(
+        STATE,
+        ("tests/test_run_views.py", "-k", "repeats_the_one_before"),
+        (
+            "the step behind a prefill is planned",
+            "return unpadded and self.window",
+            "return step.query_len == 1 and unpadded and self.window",
+        ),
+    ),
+    *_in(
+        POOL,
+        ("tests/test_kv_pool.py", "-k", "memory_error"),
+        (
+            "no memory is an OSError",
+            'raise MemoryError(f"no room for {size} bytes of keys or values") from error',
+            "raise",
+        ),
+    ),
 ]

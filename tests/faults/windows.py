@@ -101,7 +101,11 @@ WINDOW_FAULTS = [
     *_in(
         AUTO,
         (FINISHED,),
-        ("rows rest under returned caches", "if steps and not generation_config.return_dict_in_generate:", "if steps:"),
+        (
+            "rows rest under returned caches",
+            "if steps and rows > 1 and not generation_config.return_dict_in_generate:",
+            "if steps and rows > 1:",
+        ),
         ("real tokens rest", 'any(hasattr(criterion, "eos_token_id") for criterion in criteria)', "criteria"),
         ("a finished row is forgotten", "done if self.finished is None else self.finished | done", "done"),
         ("a GPU is asked at every step", "self.calls % LOOK_EVERY == 0", "True"),
