@@ -99,7 +99,8 @@ def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
         return DynamicCache(config=model.config)
     if kind == "static":
         return StaticCache(config=model.config, max_cache_len=length)
-    return PagedCache(model.config, max_length=length if kind == "paged-sized" else None)
+    sized = length if kind == "paged-sized" else None
+    return PagedCache(model.config, max_length=sized, sequences_per_prompt=cell.beams)  # as generate() makes it
 
 
 def forced_logits(
@@ -135,7 +136,7 @@ def check(
     model: PreTrainedModel, reference: PreTrainedModel, implementation: str, cache: str, cell: Cell
 ) -> tuple[bool, dict[str, float]]:
     """Compare a combination with the reference; return whether it is right, and the errors."""
-    cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT))
+    cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1)
     inputs = make_inputs(model, cell)
     steps = min(CHECKED_STEPS, cell.new_tokens)
     given = make_inputs(model, Cell(cell.batch, steps, 0))["input_ids"]

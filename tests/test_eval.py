@@ -46,6 +46,13 @@ def test_right_combinations_pass_the_check_and_are_timed(models, padding):
     assert all(row["decode_tokens_per_s"] > 0 and row["first_difference"] is None for row in rows)
 
 
+def test_beams_are_timed_over_the_cache_that_generate_would_make(models):
+    cell = throughput.Cell(2, 12, 4, beams=3)
+    rows = throughput.measure_cell(*models, ["sdpa/dynamic", "fastattn/paged"], cell, rounds=1)
+    assert [(row["status"], row["first_difference"]) for row in rows] == [("ok", None)] * 2
+    assert throughput.make_cache(models[0], "paged", cell).state.group == 3
+
+
 def test_ratios_are_taken_round_by_round(models):
     combos = ["fastattn/dynamic", "sdpa/dynamic"]
     rows = throughput.measure_cell(*models, combos, throughput.Cell(1, 12, 4), rounds=3)
