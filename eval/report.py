@@ -197,18 +197,23 @@ def render(folder: Path) -> str:
 
 
 def rewrite_readme(folders: Sequence[Path]) -> None:
-    """Replace the part of the README between the markers by the results of these folders."""
+    """Replace the part of the README between the markers by the results of these folders, all but the first folded."""
     text = README.read_text()
     if BEGIN not in text or END not in text:
         common.fail(f"the README has no {BEGIN!r} and {END!r} to write between")
-    body = "\n".join(render(folder) for folder in folders)
+    parts = [render(folder) for folder in folders]
+    for i, folder in enumerate(folders[1:], 1):
+        machine = next(iter(load(folder).values()))["device"]
+        parts[i] = f"<details>\n<summary>Results of {machine}</summary>\n\n{parts[i]}\n</details>\n"
+    body = "\n".join(parts)
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     README.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n\n{body}\n{END}", text, flags=re.DOTALL))
 
 
 def newest(folders: Sequence[Path]) -> list[Path]:
-    """Return the last folder of each machine; their names end with a date."""
-    return list({folder.name.rsplit("-", 3)[0]: folder for folder in sorted(folders)}.values())
+    """Return the last folder of each machine, the last of all first; their names end with a date."""
+    last = {folder.name.rsplit("-", 3)[0]: folder for folder in sorted(folders)}.values()
+    return sorted(last, key=lambda folder: (folder.name[-len("2026-01-01") :], folder.name), reverse=True)
 
 
 def main(argv: list[str] | None = None) -> int:

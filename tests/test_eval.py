@@ -215,8 +215,9 @@ def test_a_missing_gpu_and_an_unreadable_text_are_sentences(tmp_path):
 
 
 def test_the_readme_shows_the_last_results_of_each_machine():
-    folders = [Path(f"results/{name}") for name in ("h200-2026-12-01", "amd-epyc-2026-11-27", "amd-epyc-2026-11-24")]
-    assert report.newest(folders) == [folders[1], folders[0]]
+    names = ("amd-epyc-2026-11-27", "h200-2026-12-01", "intel-xeon-2026-11-27", "amd-epyc-2026-11-24")
+    folders = [Path(f"results/{name}") for name in names]
+    assert report.newest(folders) == [folders[1], folders[2], folders[0]]
 
 
 def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
@@ -243,3 +244,9 @@ def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
     assert "1.50x" in text
     assert "old" not in text
     assert (folder / "throughput.png").stat().st_size > 1000
+    assert "<details>" not in text
+    report.rewrite_readme([folder, folder])
+    shown, folded = (tmp_path / "README.md").read_text().split("<details>")
+    assert "1.25x" in shown
+    assert folded.index(f"<summary>Results of {common.device_name(CPU)}</summary>") < folded.index("1.25x")
+    assert "1.25x" in folded[: folded.index("</details>")]
