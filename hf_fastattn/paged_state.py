@@ -33,7 +33,7 @@ WINDOW_MARGIN = 128
 
 LOOK_AHEAD = 4
 """When one sequence needs a block, others that will need one within 1 / LOOK_AHEAD of it get theirs too, so that tables
-are written anew once for all of them. Not in a pool of fixed size, nor where blocks behind a window are freed."""
+are written anew once for all of them. Not where room is limited, nor where blocks behind a window are freed."""
 
 
 class PagedState:
@@ -512,7 +512,8 @@ class PagedState:
             return
         if missing > self.pool.num_free:
             self.memory.make_room(missing)
-        if growing and group == 1 and self.memory.num_blocks is None and not self.frees:
+        unlimited = self.max_length is None and self.memory.num_blocks is None
+        if growing and group == 1 and unlimited and not self.frees:
             ahead = self.block_size // LOOK_AHEAD
             soon = [n + ahead if n > past else n for n, past in zip(lens, self.tables.lens, strict=True)]
             if self.tables.missing(soon) <= self.pool.num_free:

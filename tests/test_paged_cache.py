@@ -252,3 +252,15 @@ def test_sequences_that_need_a_block_soon_get_it_along_with_the_first_that_does(
             assert changes == [[2, 2, 2, 2], [3, 3, 3, 2], [3, 3, 3, 3]]
         else:
             assert changes == [[2, 2, 2, 2], [3, 2, 2, 2], [3, 3, 2, 2], [3, 3, 3, 2], [3, 3, 3, 3]]
+
+
+def test_looking_ahead_stops_at_max_length(llama):
+    """One sequence needs its second block when the other is about to fill the last one that max_length allows."""
+    ids, mask = tokens(2, 32), left_padding([16, 30], 30)
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], 1)
+    cache = llama.cache(max_length=32, offload=True)
+    got = [feed(llama.fast, ids[:, :30], cache, mask, [30])]
+    cache.state.memory.make_room(8)  # as it is where several caches lie on one pool
+    got.append(feed(llama.fast, ids[:, 30:], cache, mask))
+    assert [len(row) for row in cache.state.tables.rows] == [2, 2]
+    assert_logits(torch.cat(got, 1), eager(llama, ids, mask), mask)

@@ -274,9 +274,14 @@ SHARING_FAULTS = [
     ),
     *_in(
         STATE,
-        ("tests/test_paged_cache.py", "-k", "need_a_block_soon"),
+        ("tests/test_paged_cache.py", "-k", "need_a_block_soon or looking_ahead"),
+        ("caches of a length look beyond it", "unlimited = self.max_length is None and ", "unlimited = "),
         ("every block at the last moment", "if growing and group == 1 and", "if False and"),
-        ("pools of fixed size look ahead", "self.memory.num_blocks is None and not self.frees:", "not self.frees:"),
+        (
+            "pools of fixed size look ahead",
+            "self.max_length is None and self.memory.num_blocks is None\n",
+            "self.max_length is None\n",
+        ),
         (
             "blocks for twice as long ahead",
             "ahead = self.block_size // LOOK_AHEAD",
