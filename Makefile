@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := 5.17.0
 THREADS := OMP_NUM_THREADS=2
 # Two processes with a thread each: most tests are Python.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 600
 
 .PHONY: quickstart test check lint types faults soak clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
 

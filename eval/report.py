@@ -1,10 +1,11 @@
-"""Everything for one machine: run the measurements, draw them, and rewrite the README's tables from the result files.
+"""Everything for one machine: run the measurements, draw them, and write what READMEs show of the result files.
 
     python -m eval.report                     # this machine; at most --budget seconds (600)
     python -m eval.report --render-only       # only pictures and README, from the committed files
 
-Result files go to eval/results/<device>-<date>/. A smaller budget picks fewer cells, never fewer checks. A measurement
-that fails or runs out of time is named at the end and does not stop the others; Ctrl-C keeps what is done.
+Result files go to eval/results/<device>-<date>/, whose README.md shows them all; the project's README shows a summary.
+A smaller budget picks fewer cells, never fewer checks. A measurement that fails or runs out of time is named at the end
+and does not stop the others; Ctrl-C keeps what is done.
 """
 
 import argparse
@@ -42,7 +43,7 @@ COLUMNS = {
     ],
     "kernels": ["op", "cell", "us", "rate", "unit", "fraction", "x_best_rival", "status"],
 }
-"""Columns of the README's tables, in the order of its sections; None for all. The files hold more."""
+"""Columns of a folder's tables, in the order of its sections; None for all. The files hold more."""
 
 COLORS = {"eager": "#999999", "sdpa": "#4477aa", "flex": "#66ccee", "fastattn": "#cc6677"}
 
@@ -110,7 +111,7 @@ def run(measurements: Sequence[Measurement], folder: Path, device: torch.device,
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the result files of a folder by name, those that the README shows."""
+    """Return the result files of a folder by name, those that its README shows."""
     files = [path for path in sorted(folder.glob("*.json")) if kind_of(path.stem) in COLUMNS]
     return {path.stem: json.loads(path.read_text()) for path in files}
 
@@ -175,39 +176,76 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(folder: Path) -> str:
-    """Return the Markdown of one machine's results."""
+    """Return the Markdown of one machine's results, with links as of a file in the folder."""
     results = load(folder)
-    lines = []
+    lines = [f"# {next(iter(results.values()))['device']}", ""]
     for name in sorted(results, key=lambda name: (list(COLUMNS).index(kind_of(name)), name)):
         wanted, result = COLUMNS[kind_of(name)], results[name]
-        relative = (folder / f"{name}.json").relative_to(common.ROOT)
         rows = speedups(result["rows"]) if kind_of(name) == "throughput" else result["rows"]
         rows = [row for row in rows if name != "kernels" or row["implementation"] == "fastattn"]
         present = list(dict.fromkeys(key for row in rows for key in row))
         columns = [key for key in wanted or present if key in present]
         versions = ", ".join(f"{key} {result['versions'][key]}" for key in ("torch", "transformers", "triton"))
-        picture = folder / f"{name}.png"
-        lines += [f"**{name}**, {result['device']}, {versions}, {result['date']}: `{result['command']}`", ""]
-        lines += [common.table(rows, columns), "", f"All figures: [{relative}]({relative}).", ""]
-        if picture.exists():
-            lines += [f"![{name}]({picture.relative_to(common.ROOT)})", ""]
-        if name == "memory" and (folder / "blocks.png").exists():
-            lines += [f"![blocks]({(folder / 'blocks.png').relative_to(common.ROOT)})", ""]
+        lines += [f"## {name}", "", f"`{result['command']}`", ""]
+        lines += [
+            f"{result['date']}, commit {result['commit']}, {versions}. All figures: [{name}.json]({name}.json).",
+            "",
+        ]
+        lines += [common.table(rows, columns), ""]
+        for picture in (name, *(["blocks"] if name == "memory" else [])):
+            if (folder / f"{picture}.png").exists():
+                lines += [f"![{picture}]({picture}.png)", ""]
+    others = [f"[{path.name}]({path.name})" for path in sorted(folder.glob("*.json")) if path.stem not in results]
+    if others:
+        lines += ["## Other measurements", "", ", ".join(others), ""]
     return "\n".join(lines)
 
 
+def decode_speeds(folder: Path) -> list[dict[str, Any]]:
+    """Return what PagedCache makes of sdpa's decode speed: a row per model and cell, of the file with most rounds."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    rounds: dict[tuple[str, str], int] = {}
+    for name, result in load(folder).items():
+        if kind_of(name) != "throughput":
+            continue
+        speeds = {(row["prompts + new tokens"], row["implementation/cache"]): row for row in speedups(result["rows"])}
+        for (cell, combo), row in speeds.items():
+            key, count = (result["settings"]["model"], cell), result["settings"].get("rounds", 1)
+            if combo != "fastattn/paged" or "decode vs sdpa" not in row or count < rounds.get(key, 0):
+                continue
+            rounds[key] = count
+            found[key] = {
+                "device": result["device"],
+                "model": key[0],
+                "prompts + new tokens": cell,
+                "sdpa, DynamicCache": speeds[cell, "sdpa/dynamic"]["decode tokens/s"],
+                "fastattn, PagedCache": row["decode tokens/s"],
+                "rounds": count,
+                "decode vs sdpa": f"**{row['decode vs sdpa']}**",
+            }
+    return list(found.values())
+
+
 def rewrite_readme(folders: Sequence[Path]) -> None:
-    """Replace the part of the README between the markers by the results of these folders, all but the first folded."""
+    """Write the README of each folder and, into the project's, a summary of all with the pictures of the first."""
     text = README.read_text()
     if BEGIN not in text or END not in text:
         common.fail(f"the README has no {BEGIN!r} and {END!r} to write between")
-    parts = [render(folder) for folder in folders]
-    for i, folder in enumerate(folders[1:], 1):
-        machine = next(iter(load(folder).values()))["device"]
-        parts[i] = f"<details>\n<summary>Results of {machine}</summary>\n\n{parts[i]}\n</details>\n"
-    body = "\n".join(parts)
+    links = []
+    for folder in folders:
+        (folder / "README.md").write_text(render(folder))
+        device = next(iter(load(folder).values()))["device"]
+        links.append(f"[{device}]({(folder / 'README.md').relative_to(common.ROOT)})")
+    rows = [row for folder in folders for row in decode_speeds(folder)]
+    lines = ["Decoding, tokens/s:", "", common.table(rows, list(rows[0]) if rows else []), ""]
+    for name in ("throughput", "memory", "blocks"):
+        picture = folders[0] / f"{name}.png"
+        if picture.exists():
+            lines += [f"![{name}]({picture.relative_to(common.ROOT)})", ""]
+    lines += [f"All tables, with versions, commands and dates: {', '.join(links)}."]
+    body = "\n".join(lines)
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    README.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n\n{body}\n{END}", text, flags=re.DOTALL))
+    README.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n\n{body}\n\n{END}", text, flags=re.DOTALL))
 
 
 def newest(folders: Sequence[Path]) -> list[Path]:

@@ -228,25 +228,27 @@ def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
     folder = tmp_path / "results" / "machine"
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    common.write_result(folder / "throughput.json", "throughput", CPU, {}, rows)
+    common.write_result(folder / "throughput.json", "throughput", CPU, {"model": "tiny"}, rows)
     assert {"device", "versions", "commit", "date", "command"} <= json.loads(
         (folder / "throughput.json").read_text()
     ).keys()
     rows[1]["decode_vs_sdpa"] = asdict(common.Spread(1.25, 1.0, 2.0, 3))
-    common.write_result(folder / "throughput_by_round.json", "throughput", CPU, {}, rows)
+    common.write_result(folder / "throughput_by_round.json", "throughput", CPU, {"model": "tiny", "rounds": 3}, rows)
+    common.write_result(folder / "loop.json", "loop", CPU, {}, [])
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.draw(folder)
     report.rewrite_readme([folder])
     text = (tmp_path / "README.md").read_text()
-    assert "1.25x" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "1.50x" in text
     assert "old" not in text
+    assert text.count("**1.25x**") == 1  # one row a cell, of the file that was measured by rounds
+    assert "1.50x" not in text
+    assert "(results/machine/throughput.png)" in text
+    assert "(results/machine/README.md)" in text
     assert (folder / "throughput.png").stat().st_size > 1000
-    assert "<details>" not in text
-    report.rewrite_readme([folder, folder])
-    shown, folded = (tmp_path / "README.md").read_text().split("<details>")
-    assert "1.25x" in shown
-    assert folded.index(f"<summary>Results of {common.device_name(CPU)}</summary>") < folded.index("1.25x")
-    assert "1.25x" in folded[: folded.index("</details>")]
+    whole = (folder / "README.md").read_text()
+    assert "1.25x" in whole
+    assert "1.50x" in whole
+    assert "(throughput.png)" in whole
+    assert "[loop.json](loop.json)" in whole  # of a kind that has no table

@@ -162,7 +162,7 @@ def test_inductor_writes_pools_in_place():
     num_blocks, *rest = cache.layers[0].k_cache.shape
     pool = rf"\((?:s\d+|{num_blocks}), {', '.join(map(str, rest))}\)"  # the graph serves any number of blocks
     assert "torch.ops.hf_fastattn.store_kv" not in source  # written by generated kernels
-    assert re.search(rf"assert_size_stride\(\w+, {pool}", source)  # the pools are inputs by this shape
+    assert re.search(rf"assert_size_stride.*{pool}", source)  # the pools are inputs by this shape
     for line in source.splitlines():
         if re.search(rf"{pool}|\b{cache.layers[0].k_cache.numel()}L?\b", line):
             assert not re.search(r"empty|clone|copy|as_strided_scatter", line), line
