@@ -7,6 +7,7 @@ process of its own, because inductor keeps what it was told. Counts come as a sl
 
 import contextlib
 import ctypes
+import inspect
 import math
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 pytest.importorskip("triton")
 
@@ -148,7 +150,7 @@ def _h100(stack):
     import torch._inductor.runtime.triton_helpers as helpers
     import torch._inductor.utils as inductor_utils
     from torch._dynamo import device_interface
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses import fake_tensor
     from triton.runtime import driver
 
     always = {
@@ -162,6 +164,7 @@ def _h100(stack):
         "set_rng_state": None,
         "get_rng_state": torch.get_rng_state(),
         "_lazy_init": None,
+        "is_current_stream_capturing": False,
     }
     interface = {
         "current_device": 0,
@@ -191,7 +194,8 @@ def _h100(stack):
         give(inductor_utils, {"get_gpu_dram_gbps": 3352, "get_device_tflops": 989})
         give(torch._C, {"_cuda_getCurrentRawStream": 0, "_cuda_cudaCachingAllocator_is_enabled": True}, create=True)
         give(helpers, {"set_driver_to_gpu": None})
-        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
+        give(fake_tensor, {"init_gpu_context": None})
+        stack.enter_context(mock.patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))
     except AttributeError as error:
         raise CannotFake(f"PyTorch {torch.__version__}: {error}") from error
@@ -305,7 +309,8 @@ def test_launches_per_layer_and_step(steps):
     per_layer = {kind: (many[kind] - few[kind]) / (MANY - FEW) for kind in many | few}
     assert per_layer == {"generated": 5, "products": 7, "attention": 1, "schedules": 0}
     beside = {kind: few[kind] - FEW * count for kind, count in per_layer.items()}
-    assert beside == {"generated": 4, "products": 1, "attention": 0, "schedules": 1}
+    by_product = " @ " in inspect.getsource(LlamaRotaryEmbedding.forward)  # angles, in transformers 5.17: one launch more
+    assert beside == {"generated": 4 + by_product, "products": 1 + by_product, "attention": 0, "schedules": 1}
 
 
 def test_one_kernel_stores_keys_and_values_of_a_layer(steps):
