@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from ._launch import Launch
+from ._launch import ALWAYS, Launch
 
 _TYPES = {
     torch.float32: "fp32",
@@ -31,6 +31,7 @@ _TYPES = {
     torch.uint8: "u8",
 }
 
+_JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 
 _DEFAULTS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 """Triton's own, where a launch does not say."""
@@ -71,6 +72,7 @@ class CompileResult:
     Attributes:
         registers: registers per thread.
         spill_stores, spill_loads: bytes that a thread writes and reads because registers ran out.
+        loop_spills: instructions of innermost loops that do: those cost time at every tile.
         shared_bytes: shared memory per program.
         wgmma, mma, tcgen05: warpgroup (Hopper), warp (Ampere) and Blackwell matrix instructions in the PTX.
         async_copies: cp.async instructions (bulk ones included): the loads that the pipeline keeps in flight.
@@ -81,6 +83,7 @@ class CompileResult:
     registers: int
     spill_stores: int
     spill_loads: int
+    loop_spills: int
     shared_bytes: int
     wgmma: int
     mma: int
@@ -128,14 +131,14 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
     compiled = triton.compile(
         _source(case),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **ALWAYS},
     )
     ptx = compiled.asm["ptx"]
-    return read_result(ptx, _assemble(ptx, arch), compiled.metadata.shared)
+    return read_result(ptx, *_assemble(ptx, arch), compiled.metadata.shared)
 
 
-def read_result(ptx: str, log: str, shared_bytes: int) -> CompileResult:
-    """Collect a result from a kernel's PTX and the log of ``ptxas -v``."""
+def read_result(ptx: str, log: str, sass: str, shared_bytes: int) -> CompileResult:
+    """Collect a result from a kernel's PTX, the log of ``ptxas -v`` and the machine code, if registers spill."""
 
     def total(pattern: str) -> int:
         return sum(int(number) for number in re.findall(pattern, log))
@@ -147,6 +150,7 @@ def read_result(ptx: str, log: str, shared_bytes: int) -> CompileResult:
         registers=max(int(number) for number in re.findall(r"Used (\d+) registers", log)),
         spill_stores=total(r"(\d+) bytes spill stores"),
         spill_loads=total(r"(\d+) bytes spill loads"),
+        loop_spills=_loop_spills(sass),
         shared_bytes=shared_bytes,
         wgmma=count(r"\bwgmma\.mma_async"),
         mma=count(r"\bmma\.sync"),
@@ -173,11 +177,34 @@ def _source(case: CompileCase) -> ASTSource:
     )
 
 
-def _assemble(ptx: str, arch: int) -> str:
-    """Return what ``ptxas -v`` says about a kernel; Triton's own run of it says nothing when its cache answers."""
+def _assemble(ptx: str, arch: int) -> tuple[str, str]:
+    """Return what ``ptxas -v`` says about a kernel, and its machine code if registers spill.
+
+    Triton's own run of ptxas says nothing when its cache answers.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
-        done = subprocess.run([*command, "-o", f"{source}.o"], capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
+        log = _output(*command, "-o", f"{source}.o")
+        spills = re.search(r"[1-9]\d* bytes spill", log)
+        return log, _output(triton.knobs.nvidia.nvdisasm.path, "-c", f"{source}.o") if spills else ""
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _loop_spills(sass: str) -> int:
+    """Count the instructions that touch local memory in the loops of a kernel that hold no other loop."""
+    code = [line for line in sass.splitlines() if re.match(r"\s*(\.L_\w+:|/\*[0-9a-f]{4,}\*/)", line)]
+    labels = {line.strip()[:-1]: at for at, line in enumerate(code) if line.strip().endswith(":")}
+    ends: dict[int, int] = {}
+    for at, line in enumerate(code):
+        jump = _JUMP.search(line)
+        start = labels.get(jump[1], at) if jump else at
+        if start < at:
+            ends[start] = at
+    inner = [(a, b) for a, b in ends.items() if not any(a < start and end <= b for start, end in ends.items())]
+    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for start, end in inner for line in code[start:end])

@@ -26,6 +26,8 @@ SHARED_BYTES = {80: 166912, SMALL: 101376, 90: 232448, 100: 232448}
 
 _COMPILED_FOR = (80, 86, 89, 90, 100, 120)  # tests/compile compiles the configs for these
 
+ALWAYS = {"enable_fp_fusion": True}
+"""Options of every launch. Triton 3.9 warns where this one is left open, and 3.10 is to take False then."""
 
 MOST_KEPT = 1024
 """Calls of one op that are kept: every length of a dense cache is one, and they are small."""
@@ -65,7 +67,7 @@ class Launch:
     ) -> None:
         assert tuple(constants) == tuple(kernel.arg_names)[-len(constants) :]
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
-        self.scalars, self.constants, self.options = scalars, constants, options
+        self.scalars, self.constants, self.options = scalars, constants, {**ALWAYS, **options}
         self._device_index = device.index if device.type == "cuda" else -1  # none to change to
         self._fixed = (*scalars, *constants.values())
         self._compiled: Any = None

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from eval.compile_report import (
     ARCHS,
     SHARED_PER_PROGRAM,
@@ -51,6 +53,7 @@ GOOD = Row(
         registers=128,
         spill_stores=0,
         spill_loads=0,
+        loop_spills=0,
         shared_bytes=100000,
         wgmma=0,
         mma=32,
@@ -80,6 +83,28 @@ PTX = """\
     wgmma.wait_group.sync.aligned 0;
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f0}, {%r0}, {%r1}, {%f1};
 """
+
+
+SASS = """\
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   STL [R1], R2 ;
+.L_x_0:
+        /*0020*/              @P0  BRA `(.L_x_3) ;
+        /*0030*/                   LDL R2, [R1] ;
+.L_x_1:
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0050*/              @P1  BRA `(.L_x_1) ;
+        {STL}
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/                   STL.64 [R1+0x8], R2 ;
+        /*0080*/                   BRA `(.L_x_0) ;
+.L_x_3:
+        /*0090*/                   LDL R2, [R1] ;
+.L_x_4:
+        /*00a0*/                   BRA `(.L_x_4);
+"""
+"""An inner loop with two jumps back, in a loop that spills."""
 
 
 def with_result(**changes: object) -> Row:
@@ -142,9 +167,14 @@ def test_a_good_row_offends_nothing():
 
 
 @pytest.mark.parametrize("changes", [{"spill_stores": 4}, {"spill_loads": 4}])
-def test_a_spill_is_reported_with_its_case_and_architecture(changes):
-    (line,) = offenses(with_result(**changes))
-    assert "some_kernel paged64-bf16-d128 on sm_90 spills registers" in line
+@pytest.mark.parametrize(("version", "found"), [("3.6.0", 1), ("3.8.0", 0)])
+def test_a_spill_is_reported_with_its_case_and_architecture(changes, version, found, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", version)
+    lines = offenses(with_result(**changes))
+    assert len(lines) == found
+    assert all("some_kernel paged64-bf16-d128 on sm_90 spills registers: " in line for line in lines)
+    (line,) = offenses(with_result(**changes, loop_spills=2))
+    assert "some_kernel paged64-bf16-d128 on sm_90 spills registers in its inner loops: 2 instructions" in line
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -208,8 +238,23 @@ def test_markdown_table_has_one_line_per_row():
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
 
 
+@pytest.mark.parametrize(
+    ("line", "found"), [("", 0), ("/*0058*/ STL.64 [R1], R2 ;", 1), ("/*0058*/ @P2 LDL R2, [R1] ;", 1)]
+)
+def test_spills_count_where_they_are_repeated_most(line, found):
+    assert read_result(PTX, LOG, SASS.replace("{STL}", line), 1234).loop_spills == found
+
+
+def test_machine_code_is_read_where_registers_spill():
+    """The prefill kernel, told to do with fewer registers than its loop needs."""
+    case = next(case for case in kernel_cases("prefill_attention", 80) if case.name == "dense-bf16-d64-causal")
+    result = compile_case(dataclasses.replace(case, maxnreg=96), 80)
+    assert result.spill_stores > 0
+    assert result.loop_spills > 0
+
+
 def test_results_are_read_from_ptx_and_log():
-    result = read_result(PTX, LOG, 1234)
+    result = read_result(PTX, LOG, "", 1234)
     assert (result.registers, result.spill_stores, result.spill_loads, result.shared_bytes) == (168, 12, 20, 1234)
     assert (result.wgmma, result.mma, result.async_copies, result.loads_16) == (1, 1, 2, 2)
     assert not result.wgmma_serialized

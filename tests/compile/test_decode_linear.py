@@ -52,7 +52,6 @@ def test_cases_cover_both_kernels_and_every_kind_of_call():
 def test_nothing_spills(index, arch):
     row = compile_row("decode_linear", index, arch)
     assert not offenses(row)
-    assert (row.result.spill_stores, row.result.spill_loads) == (0, 0)
 
 
 @pytest.mark.parametrize(("index", "arch"), PRODUCTS)
@@ -63,7 +62,7 @@ def test_every_load_in_the_loop_is_16_bytes(index, arch):
     loop, threads = loop_of(case, arch), 32 * case.num_warps
     weight_loads = block_n * block_k * 2 // 16 // threads
     loads = re.findall(r"\bld\.global\S*", loop)
-    copies = re.findall(r"\bcp\.async\.c[ga]\.shared\.global\s[^;]*;", loop)
+    copies = re.findall(r"\bcp\.async\.c[ga]\.shared\.global\S*\s[^;]*;", loop)
     if case.constexprs["DOT"]:
         assert loads == []
         assert len(copies) == weight_loads + -(-block_m * block_k * 2 // 16 // threads)

@@ -309,7 +309,9 @@ def test_launches_per_layer_and_step(steps):
     per_layer = {kind: (many[kind] - few[kind]) / (MANY - FEW) for kind in many | few}
     assert per_layer == {"generated": 5, "products": 7, "attention": 1, "schedules": 0}
     beside = {kind: few[kind] - FEW * count for kind, count in per_layer.items()}
-    by_product = " @ " in inspect.getsource(LlamaRotaryEmbedding.forward)  # angles, in transformers 5.17: one launch more
+    by_product = " @ " in inspect.getsource(
+        LlamaRotaryEmbedding.forward
+    )  # angles, in transformers 5.17: one launch more
     assert beside == {"generated": 4 + by_product, "products": 1 + by_product, "attention": 0, "schedules": 1}
 
 
