@@ -3,16 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := 5.17.0
+NEWEST_TRITON := 3.9.0
+TRITON_ONLY := $(VENV)/triton-$(NEWEST_TRITON)
 THREADS := OMP_NUM_THREADS=2
 # Two processes with a thread each: most tests are Python.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 600
 
-.PHONY: quickstart test check lint types faults soak clean test-cpu test-oldest test-interpret test-compile test-gpu wheel
+.PHONY: quickstart test check lint types faults soak clean wheel
+.PHONY: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
 
-test: test-cpu test-oldest test-interpret test-compile test-gpu
+test: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu
 
 check: lint types test
 
@@ -36,6 +39,12 @@ test-interpret: $(VENV)/.ready
 
 test-compile: $(VENV)/.ready
 	$(PYTEST) -m compile tests/compile
+
+# The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute and how they are
+# launched. PYTHONPATH=.venv/triton-... make test-compile compiles every config with it.
+test-newest-triton: $(VENV)/.ready $(TRITON_ONLY)/.ready
+	PYTHONPATH=$(TRITON_ONLY) TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
+	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m compile $(addprefix tests/compile/test_,decode_step.py generate_launches.py hot_loop.py kept_launches.py)
 
 # A machine with a GPU may have a torch of its own and no $(VENV): then PYTHON runs these, as it does when it is given on
 # the command line. Most of their time is the compilation of kernels, so one process per core, up to 12, where
@@ -69,4 +78,8 @@ $(VENV)/.ready: pyproject.toml
 
 $(VENV)/transformers-$(OLDEST)/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/transformers-$(OLDEST) transformers==$(OLDEST)
+	touch $@
+
+$(TRITON_ONLY)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target $(TRITON_ONLY) triton==$(NEWEST_TRITON)
 	touch $@

@@ -9,16 +9,9 @@ times.
 
 import argparse
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-
-from hf_fastattn.kernels import _compile
+from hf_fastattn.kernels import _compile, _sass
 
 from . import common
 from .compile_report import kernel_cases
@@ -47,39 +40,16 @@ def hot_loop(sass: str) -> Loop:
     Raises:
         ValueError: there is no such loop.
     """
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            instructions.append(found[1])
-        elif found := re.match(r"(\.L\w+):", line):
-            labels[found[1]] = len(instructions)
-    branches = [
-        (i, labels[found[1]], text.startswith("@"))
-        for i, text in enumerate(instructions)
-        if (found := re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)) and found[1] in labels
-    ]
+    code = _sass.parse(sass)
     matrix = re.compile(COUNTED["matrix"])
-    loops = [(to, i) for i, to, _ in branches if to <= i and any(map(matrix.search, instructions[to : i + 1]))]
+    loops = [(a, b) for a, b in code.loops if any(map(matrix.search, code.instructions[a : b + 1]))]
     if not loops:
         raise ValueError("expected a loop with matrix instructions, found none")
     begin, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    skipped = {j for i, to, conditional in branches if conditional and begin <= i < to <= end for j in range(i + 1, to)}
-    return Loop([text for i, text in enumerate(instructions[begin : end + 1], begin) if i not in skipped], len(skipped))
-
-
-def disassemble(case: _compile.CompileCase, arch: int) -> str:
-    """Compile a case and return its machine code as text."""
-    compiled = triton.compile(
-        _compile._source(case),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        nvdisasm = Path(get_ptxas(arch).path).with_name("nvdisasm")
-        return subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    over = (range(at + 1, to) for at, to, conditional in code.jumps if conditional and begin <= at < to <= end)
+    skipped = {i for jumped_over in over for i in jumped_over}
+    common_ones = [text for i, text in enumerate(code.instructions[begin : end + 1], begin) if i not in skipped]
+    return Loop(common_ones, len(skipped))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in kernel_cases("decode_attention", arch):
             if not case.name.startswith(args.match):
                 continue
-            loop = hot_loop(disassemble(case, arch))
+            loop = hot_loop(_sass.disassemble(_compile.compiled(case, arch)))
             counts = {name: sum(bool(re.search(p, text)) for text in loop.common) for name, p in COUNTED.items()}
             softmax = case.constexprs["SOFTMAX"]
             rows.append(

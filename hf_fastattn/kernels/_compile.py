@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
+from . import _sass
 from ._launch import ALWAYS, Launch
 
 _TYPES = {
@@ -30,8 +31,6 @@ _TYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
 }
-
-_JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
 
 _DEFAULTS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 """Triton's own, where a launch does not say."""
@@ -72,18 +71,17 @@ class CompileResult:
     Attributes:
         registers: registers per thread.
         spill_stores, spill_loads: bytes that a thread writes and reads because registers ran out.
-        loop_spills: instructions of innermost loops that do: those cost time at every tile.
         shared_bytes: shared memory per program.
         wgmma, mma, tcgen05: warpgroup (Hopper), warp (Ampere) and Blackwell matrix instructions in the PTX.
         async_copies: cp.async instructions (bulk ones included): the loads that the pipeline keeps in flight.
         loads_16: global loads of 16 bytes or more per thread that are not asynchronous.
         wgmma_serialized: ptxas gave up overlapping wgmma instructions.
+        loop_spills: instructions of innermost loops that spill: those cost time at every tile.
     """
 
     registers: int
     spill_stores: int
     spill_loads: int
-    loop_spills: int
     shared_bytes: int
     wgmma: int
     mma: int
@@ -91,6 +89,7 @@ class CompileResult:
     async_copies: int
     loads_16: int
     wgmma_serialized: bool
+    loop_spills: int = 0
 
 
 def case_from_call(
@@ -121,6 +120,12 @@ def case_from_call(
     return CompileCase(name, launch.kernel, signature, constants, tuple(divisible), info=dict(info), **sizes)
 
 
+def compiled(case: CompileCase, arch: int) -> Any:
+    """Return what Triton makes of a case for sm_<arch>; arguments and errors of :func:`compile_case`."""
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **ALWAYS}
+    return triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
+
+
 def compile_case(case: CompileCase, arch: int) -> CompileResult:
     """Compile a case for sm_<arch> (80, 86, 89, 90, 100, 120; the feature sets 90a, 100a, 120a) with Triton's ptxas.
 
@@ -128,17 +133,22 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
         ValueError: a parameter of the kernel has neither a type nor a value, or a name is no parameter.
         RuntimeError: the kernel was defined under TRITON_INTERPRET=1.
     """
-    compiled = triton.compile(
-        _source(case),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **ALWAYS},
-    )
-    ptx = compiled.asm["ptx"]
-    return read_result(ptx, *_assemble(ptx, arch), compiled.metadata.shared)
+    kernel = compiled(case, arch)
+    ptx = kernel.asm["ptx"]
+    result = read_result(ptx, _assemble(ptx, arch), kernel.metadata.shared)
+    spills = result.spill_stores or result.spill_loads
+    return replace(result, loop_spills=loop_spills(_sass.disassemble(kernel))) if spills else result
 
 
-def read_result(ptx: str, log: str, sass: str, shared_bytes: int) -> CompileResult:
-    """Collect a result from a kernel's PTX, the log of ``ptxas -v`` and the machine code, if registers spill."""
+def loop_spills(sass: str) -> int:
+    """Count the instructions that touch local memory in the loops of a kernel that hold no other loop."""
+    code = _sass.parse(sass)
+    rounds = (code.instructions[begin : end + 1] for begin, end in code.inner_loops)
+    return sum(bool(re.search(r"\b(?:LDL|STL)\b", instruction)) for each in rounds for instruction in each)
+
+
+def read_result(ptx: str, log: str, shared_bytes: int) -> CompileResult:
+    """Collect a result from a kernel's PTX and the log of ``ptxas -v``."""
 
     def total(pattern: str) -> int:
         return sum(int(number) for number in re.findall(pattern, log))
@@ -150,7 +160,6 @@ def read_result(ptx: str, log: str, sass: str, shared_bytes: int) -> CompileResu
         registers=max(int(number) for number in re.findall(r"Used (\d+) registers", log)),
         spill_stores=total(r"(\d+) bytes spill stores"),
         spill_loads=total(r"(\d+) bytes spill loads"),
-        loop_spills=_loop_spills(sass),
         shared_bytes=shared_bytes,
         wgmma=count(r"\bwgmma\.mma_async"),
         mma=count(r"\bmma\.sync"),
@@ -177,34 +186,11 @@ def _source(case: CompileCase) -> ASTSource:
     )
 
 
-def _assemble(ptx: str, arch: int) -> tuple[str, str]:
-    """Return what ``ptxas -v`` says about a kernel, and its machine code if registers spill.
-
-    Triton's own run of ptxas says nothing when its cache answers.
-    """
+def _assemble(ptx: str, arch: int) -> str:
+    """Return what ``ptxas -v`` says about a kernel; Triton's own run of it says nothing when its cache answers."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
-        log = _output(*command, "-o", f"{source}.o")
-        spills = re.search(r"[1-9]\d* bytes spill", log)
-        return log, _output(triton.knobs.nvidia.nvdisasm.path, "-c", f"{source}.o") if spills else ""
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def _loop_spills(sass: str) -> int:
-    """Count the instructions that touch local memory in the loops of a kernel that hold no other loop."""
-    code = [line for line in sass.splitlines() if re.match(r"\s*(\.L_\w+:|/\*[0-9a-f]{4,}\*/)", line)]
-    labels = {line.strip()[:-1]: at for at, line in enumerate(code) if line.strip().endswith(":")}
-    ends: dict[int, int] = {}
-    for at, line in enumerate(code):
-        jump = _JUMP.search(line)
-        start = labels.get(jump[1], at) if jump else at
-        if start < at:
-            ends[start] = at
-    inner = [(a, b) for a, b in ends.items() if not any(a < start and end <= b for start, end in ends.items())]
-    return sum(bool(re.search(r"\b(LDL|STL)\b", line)) for start, end in inner for line in code[start:end])
+        done = subprocess.run([*command, "-o", f"{source}.o"], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr

@@ -6,14 +6,17 @@ whole, without position masks, then the tiles on the edges (causal diagonal, win
 not care about the order, so that only the few edge tiles pay for masks.
 """
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Unsupported, device_arch
+from hf_fastattn.ops.shapes import NO_WINDOW
+
+from ._launch import Launch, Unsupported, device_arch, keep, layout
 from ._prefill_plan import PrefillConfig, config, is_plain, supports, tile_dim
 from ._prefill_tiles import attend_tiles, skip_hidden
 from ._softmax import LOG2_E, MIN_MAXIMUM
@@ -206,35 +209,6 @@ def prefill_attention_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def _constants(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    v_head_dim: int,
-    block_size: int,
-    config: PrefillConfig,
-    causal: bool,
-    softcap: bool,
-    asm: bool,
-) -> dict[str, object]:
-    """Return the kernel's constexprs; block_size 0 is dense."""
-    return {
-        "NUM_KV_HEADS": num_kv_heads,
-        "QUERIES_PER_KV": num_heads // num_kv_heads,
-        "HEAD_DIM": head_dim,
-        "V_HEAD_DIM": v_head_dim,
-        "KV_BLOCK_SIZE": block_size,
-        "BLOCK_M": config.BLOCK_M,
-        "BLOCK_N": config.BLOCK_N,
-        "BLOCK_D": tile_dim(head_dim),
-        "BLOCK_DV": tile_dim(v_head_dim),
-        "CAUSAL": causal,
-        "SOFTCAP": softcap,
-        "SPLIT": int(config.split),
-        "ASM": asm,
-    }
-
-
 _config = config  # launch has a keyword of this name
 
 
@@ -259,73 +233,89 @@ def launch(
     Raises:
         Unsupported: what :func:`supports` refuses.
     """
-    reason = supports(q, k, v, block_table, softmax_scale)
-    if reason is not None:
-        raise Unsupported(reason)
-    num_seqs, num_heads, query_len, head_dim = q.shape
-    v_head_dim = v.shape[3]
-    paged = block_table is not None
-    num_kv_heads, seq_len = (k.shape[2], 0) if paged else (k.shape[1], k.shape[2])
-    max_blocks = block_table.shape[1] if paged else 0
-    out = q.new_empty(num_seqs, query_len, num_heads, v_head_dim)
-    if out.numel() == 0:
-        return out
-    if (max_blocks == 0 or k.shape[0] == 0) if paged else seq_len == 0:
-        return out.zero_()
     if q.stride(3) != 1:
         q = q.contiguous()
-    if not paged:
+    if block_table is None:
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    tensors = (q, k, v, block_table, seq_lens, query_positions, key_mask)
+    options = (softmax_scale, causal, window, softcap, config)
+    key = (q.device, *map(layout, tensors), None if sinks is None else sinks.dtype, *options)
+    call = _kept.get(key)
+    if call is None:
+        reason = supports(q, k, v, block_table, softmax_scale)
+        if reason is not None:
+            raise Unsupported(reason)
+        call = keep(_kept, key, _prepare(*tensors, *options))
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    if out.numel() == 0:
+        return out
+    if (k.shape[2] if block_table is None else k.shape[0] * block_table.shape[1]) == 0:
+        return out.zero_()
     if key_mask is not None:
         key_mask = key_mask.view(torch.uint8) if key_mask.shape[1] else None  # no column: no sequence has a key
-    if config is None:
-        plain = is_plain(k.shape[1] if paged else 0, causal, key_mask is not None, softcap > 0)
-        config = _config(device_arch(q.device), head_dim, v_head_dim, q.dtype, plain=plain)
-    scale, cap_log2 = logit_scales(softmax_scale, softcap)
-    k_strides = (k.stride(0), k.stride(2), k.stride(1)) if paged else k.stride()[:3]
-    v_strides = (v.stride(0), v.stride(2), v.stride(1)) if paged else v.stride()[:3]
-    num_query_tiles = triton.cdiv(query_len, config.BLOCK_M)
-    with torch.cuda.device_of(q):
-        prefill_attention_kernel[(num_query_tiles * num_heads * num_seqs,)](
-            q,
-            k,
-            v,
-            out,
-            block_table,
-            seq_lens,
-            query_positions,
-            key_mask,
-            sinks,
-            scale,
-            cap_log2,
-            min(window, FAR.value),
-            query_len,
-            seq_len,
-            max_blocks,
-            num_query_tiles,
-            *q.stride()[:3],
-            *k_strides,
-            *v_strides,
-            *out.stride()[:2],
-            *(block_table.stride() if paged else (0, 0)),
-            seq_lens.stride(0) if paged else 0,
-            *(query_positions.stride() if query_positions is not None else (0, 0)),
-            *(key_mask.stride() if key_mask is not None else (0, 0)),
-            **_constants(
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                v_head_dim,
-                k.shape[1] if paged else 0,
-                config,
-                causal,
-                softcap > 0,
-                q.is_cuda and torch.version.hip is None,
-            ),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    sinks = None if sinks is None else sinks.contiguous()
+    call(q, k, v, out, block_table, seq_lens, query_positions, key_mask, sinks)
     return out
+
+
+_kept: dict[Any, Launch] = {}
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    query_positions: Tensor | None,
+    key_mask: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    config: PrefillConfig | None,
+) -> Launch:
+    """Return the launch of a call by the layout of its tensors."""
+    num_seqs, num_heads, query_len, head_dim = q.shape
+    v_head_dim = v.shape[3]
+    if block_table is None:
+        num_kv_heads, seq_len, block_size, max_blocks = k.shape[1], k.shape[2], 0, 0
+        k_strides, v_strides = k.stride()[:3], v.stride()[:3]
+    else:
+        num_kv_heads, seq_len, block_size, max_blocks = k.shape[2], 0, k.shape[1], block_table.shape[1]
+        k_strides, v_strides = ((x.stride(0), x.stride(2), x.stride(1)) for x in (k, v))
+    if config is None:
+        plain = is_plain(block_size, causal, key_mask is not None, softcap > 0)
+        config = _config(device_arch(q.device), head_dim, v_head_dim, q.dtype, plain=plain)
+    num_query_tiles = triton.cdiv(query_len, config.BLOCK_M)
+    scalars = (
+        *(*logit_scales(softmax_scale, softcap), min(window, FAR.value)),
+        *(query_len, seq_len, max_blocks, num_query_tiles),
+        *(*q.stride()[:3], *k_strides, *v_strides),
+        *(query_len * num_heads * v_head_dim, num_heads * v_head_dim),
+        *((0, 0) if block_table is None else block_table.stride()),
+        0 if seq_lens is None else seq_lens.stride(0),
+        *((0, 0) if query_positions is None else query_positions.stride()),
+        *((0, 0) if key_mask is None else key_mask.stride()),
+    )
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "QUERIES_PER_KV": num_heads // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
+        "KV_BLOCK_SIZE": block_size,
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_D": tile_dim(head_dim),
+        "BLOCK_DV": tile_dim(v_head_dim),
+        "CAUSAL": causal,
+        "SOFTCAP": softcap > 0,
+        "SPLIT": int(config.split),
+        "ASM": not triton.knobs.runtime.interpret and torch.version.hip is None,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (num_query_tiles * num_heads * num_seqs,)
+    return Launch(q.device, prefill_attention_kernel, grid, scalars, constants, options)
 
 
 def logit_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
@@ -366,40 +356,34 @@ def _case(
     sinks: bool = False,
     positions: bool = False,
 ) -> "CompileCase":
-    from ._compile import CompileCase
+    """Return the case of one call: 32 query heads over 8 kv heads."""
+    from ._compile import case_from_call  # no launch needs the compiler's tools
 
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    plain = is_plain(block_size, causal, key_mask, softcap)
-    chosen = config(arch, head_dim, v_head_dim, dtype, plain=plain)
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    constants = _constants(32, 8, head_dim, v_head_dim, block_size, chosen, causal, softcap, asm=True)
-    optional = {
-        "table_ptr": block_size > 0 and "*i32",
-        "seq_lens_ptr": block_size > 0 and "*i32",
-        "positions_ptr": positions and "*i32",
-        "key_mask_ptr": key_mask and "*u8",
-        "sinks_ptr": sinks and f"*{name}",
-    }
-    signature = {f"{tensor}_ptr": f"*{name}" for tensor in ("q", "k", "v", "out")}
-    signature |= {pointer: kind for pointer, kind in optional.items() if kind}
-    constants |= {pointer: None for pointer, kind in optional.items() if not kind}
-    constants |= dict.fromkeys(("stride_table_block", "stride_lens_seq", "stride_pos_token", "stride_mask_token"), 1)
-    signature |= {"scale": "fp32", "cap_log2": "fp32"}
-    signature |= {other: "i32" for other in prefill_attention_kernel.arg_names if other not in signature | constants}
-    aligned = [
-        other for other in signature if other.endswith("_ptr") or other[:8] in ("stride_q", "stride_k", "stride_v")
-    ]
+    meta = functools.partial(torch.empty, device="meta", dtype=dtype)
+    index = functools.partial(torch.empty, device="meta", dtype=torch.int32)
+    num_seqs, length = 2, 4096
+    q = meta(num_seqs, length, 32, head_dim).transpose(1, 2)
+    if block_size:
+        k, v = (meta(num_seqs * length // block_size, block_size, 8, size) for size in (head_dim, v_head_dim))
+        table, lens = index(num_seqs, length // block_size), index(num_seqs)
+    else:
+        k, v = (meta(num_seqs, length, 8, size).transpose(1, 2) for size in (head_dim, v_head_dim))
+        table, lens = None, None
+    query_positions = index(num_seqs, length) if positions else None
+    mask = meta(num_seqs, length, dtype=torch.uint8) if key_mask else None
+    chosen = config(arch, head_dim, v_head_dim, dtype, plain=is_plain(block_size, causal, key_mask, softcap))
+    options = (head_dim**-0.5, causal, NO_WINDOW, 30.0 if softcap else 0.0, chosen)
+    call = _prepare(q, k, v, table, lens, query_positions, mask, *options)
+    tensors = (q, k, v, meta(num_seqs, length, 32, v_head_dim), table, lens, query_positions, mask)
     flags = {"causal": causal, "softcap": softcap, "mask": key_mask, "sinks": sinks, "positions": positions}
+    where = f"paged{block_size}" if block_size else "dense"
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     size = f"d{head_dim}" if v_head_dim == head_dim else f"d{head_dim}v{v_head_dim}"
-    layout = f"paged{block_size}" if block_size else "dense"
     tile_bytes = chosen.BLOCK_N * (tile_dim(head_dim) + tile_dim(v_head_dim)) * dtype.itemsize
-    return CompileCase(
-        name="-".join([layout, name, size, *(flag for flag, on in flags.items() if on)]),
-        kernel=prefill_attention_kernel,
-        signature=signature,
-        constexprs=constants,
-        divisible=(*aligned, "stride_out_seq", "stride_out_token"),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
-        info={"tile_bytes": tile_bytes, "config": chosen},
+    return case_from_call(
+        "-".join([where, name, size, *(flag for flag, on in flags.items() if on)]),
+        call,
+        (*tensors, meta(32) if sinks else None),
+        {"tile_bytes": tile_bytes, "config": chosen},
     )

@@ -10,7 +10,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiling needs a process without TRITON_INTERPRET=1", allow_module_level=True)
 
 from eval.compile_report import kernel_cases
-from eval.hot_loop import disassemble, hot_loop
+from eval.hot_loop import hot_loop
+from hf_fastattn.kernels._compile import compiled
+from hf_fastattn.kernels._sass import disassemble
 
 pytestmark = pytest.mark.compile
 
@@ -43,7 +45,7 @@ def test_no_loop_is_said():
 
 def test_the_default_softmax_needs_fewer_barriers_than_the_running_maximum():
     loops = {
-        case.name.removeprefix("paged64-bf16-d128-rows4"): hot_loop(disassemble(case, 90))
+        case.name.removeprefix("paged64-bf16-d128-rows4"): hot_loop(disassemble(compiled(case, 90)))
         for case in kernel_cases("decode_attention", 90)
         if case.name in ("paged64-bf16-d128-rows4", "paged64-bf16-d128-rows4-online")
     }

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 
-from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, store_kv
+from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, prefill_attention, store_kv
 from hf_fastattn.kernels._launch import MOST_KEPT, Launch, keep
 from hf_fastattn.kernels.decode_linear_plan import Plan
 from hf_fastattn.ops import NO_WINDOW
@@ -81,6 +81,53 @@ DECODE_CHANGES = [
     {"window": 16},
     {"softcap": 30.0},
     {"invariant": True},
+]
+
+
+def prefill(*, query_len=130, blocks=4, **changes):
+    """Arguments of prefill_attention's launch, with one thing changed."""
+    changes.setdefault("seq_len", query_len)
+    q, k, v, table, lens, mask, sinks, scale, window, softcap, *_ = decode(
+        query_len=query_len, blocks=blocks, **changes
+    )
+    if changes.get("dim_strided"):
+        q = torch.zeros(*q.shape, 2, dtype=q.dtype)[..., 0]
+    positions = torch.zeros(q.shape[0], query_len, dtype=torch.int32) if changes.get("positions") else None
+    if lens is not None:
+        lens = lens.repeat_interleave(2)[:: changes.get("lens_stride", 1)][: len(lens)]
+    return q, k, v, table, lens, positions, mask, sinks, scale, changes.get("causal", True), window, softcap
+
+
+PREFILL_CHANGES = [
+    {},
+    {"num_seqs": 3},
+    {"heads": 8},
+    {"kv_heads": 1},
+    {"query_len": 300},
+    {"dim": 64},
+    {"v_dim": 48},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+    {"block_size": 32},
+    {"block_size": None},
+    {"block_size": None, "seq_len": 140},
+    {"blocks": 5},
+    {"wider": 1},
+    {"heads_first": True},
+    {"q_contiguous": True},
+    {"dim_strided": True, "num_seqs": 4},
+    {"unaligned": True},
+    {"lens_stride": 2},
+    {"positions": True},
+    {"mask": torch.int8},
+    {"mask": torch.bool},
+    {"mask": torch.int8, "mask_wider": 1},
+    {"sinks": torch.float16},
+    {"sinks": torch.float32},
+    {"scale": 0.2},
+    {"causal": False},
+    {"window": 16},
+    {"softcap": 30.0},
 ]
 
 
@@ -155,6 +202,7 @@ LINEAR_CHANGES = [
 
 CALLS = [
     pytest.param(decode_attention, decode_attention.launch, decode, DECODE_CHANGES, id="decode_attention"),
+    pytest.param(prefill_attention, prefill_attention.launch, prefill, PREFILL_CHANGES, id="prefill_attention"),
     pytest.param(store_kv, store_kv.launch, store, STORE_CHANGES, id="store_kv"),
     pytest.param(decode_linear, decode_linear.run, linear, LINEAR_CHANGES, id="decode_linear"),
 ]

@@ -416,6 +416,11 @@ FAULTS = [
         ),
         ("kernel: padding queries get something", "out = tl.where((query_pos >= 0)[:, None], out, 0.0)", "out += 1.0"),
         ("kernel: sinks left out of the sum", "        l_i += 1.0\n", "        l_i += 0.0\n"),
+        (
+            "kernel: sinks read as if they were contiguous (prefill)",
+            "sinks = None if sinks is None else sinks.contiguous()",
+            "pass",
+        ),
     ),
     *_in(
         "kernels/store_kv.py",

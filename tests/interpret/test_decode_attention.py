@@ -114,7 +114,7 @@ def test_softcap(softcap, num_programs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sinks_are_added_once(num_programs, dtype):
     call = Call((40, 3, 0), heads=4, kv_heads=2, query_len=5)
-    call.sinks = torch.tensor([-30.0, 0.0, 2.0, 60.0], dtype=dtype)
+    call.sinks = torch.tensor([-30.0, 0.0, 2.0, 60.0], dtype=dtype).repeat_interleave(2)[::2]  # not contiguous
     out = call.check(num_programs)
     assert not out[1, :2].any()  # queries before the sequence's start see nothing, sink or not
     assert not out[2].any()

@@ -152,6 +152,7 @@ def test_softcap(dtype, softcap):
 def test_sinks(dtype):
     sinks = torch.tensor([1.5, -2.0, 30.0, float("-inf")], dtype=dtype)
     check(*dense(20, 18, heads=(4, 2), dtype=dtype), sinks=sinks)
+    check(*dense(20, 18, heads=(4, 2), dtype=dtype), sinks=sinks.repeat_interleave(3)[::3])  # not contiguous
 
 
 def masks(num_seqs, seq_len):
