@@ -382,6 +382,9 @@ class PagedState:
         if not index:
             self.release()
             return
+        stay = list(index) == list(range(self.num_seqs))
+        if stay and self.padding.finished is None:  # as beams often do
+            return
         self.memory.copy(self._growing(lambda: self.tables.select(index)))
         self.sharing = False
         self.padding.select(index)

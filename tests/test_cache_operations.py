@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_fastattn import BlockPoolExhausted
+from hf_fastattn.paged_state import PagedState
 from tests.test_cache_machine import check_state
 from tests.tiny import CopiedBytes, assert_logits, assert_same, eager, feed, left_padding, picture, tokens, used_blocks
 
@@ -102,6 +103,19 @@ def test_reorder(request, name, index, sizes):
     rest = tokens(3, 20, seed=3)
     ids, mask = torch.cat([ids[index], rest], 1), torch.cat([mask[index], torch.ones_like(rest)], 1)
     assert_logits(feed(pair.fast, rest, cache, mask, [1, 1, 4, 14]), eager(pair, ids, mask)[:, 37:])
+
+
+def test_a_reorder_that_changes_nothing_leaves_the_tables_alone(llama, sizes, monkeypatch):
+    cache = llama.cache(**sizes)
+    feed(llama.fast, tokens(3, 21), cache, steps=[20, 1])
+    before = picture(cache)
+    monkeypatch.setattr(PagedState, "refresh", lambda state: pytest.fail("tables were written"))
+    cache.reorder_cache(torch.arange(3))
+    cache.batch_repeat_interleave(1)
+    cache.batch_select_indices(torch.ones(3, dtype=torch.bool))
+    assert_same(before, picture(cache))
+    with pytest.raises(pytest.fail.Exception):
+        cache.reorder_cache(torch.tensor([0, 2, 1]))
 
 
 def test_beam_reorder_copies_at_most_the_partly_filled_last_block(llama, sizes):
