@@ -32,7 +32,7 @@ ALWAYS = {"enable_fp_fusion": True}
 MOST_KEPT = 1024
 """Calls of one op that are kept: every length of a dense cache is one, and they are small."""
 
-Call = TypeVar("Call")
+Kept = TypeVar("Kept")
 
 
 class Unsupported(ValueError):
@@ -92,12 +92,12 @@ class Launch:
         return self.kernel[self.grid](*tensors, *self.scalars, **self.constants, **self.options)
 
 
-def keep(kept: dict[Any, Call], key: Any, call: Call) -> Call:
+def keep(kept: dict[Any, Kept], key: Any, value: Kept, most: int = MOST_KEPT) -> Kept:
     """Keep what was prepared for a call under all that it depends on; return it."""
-    if len(kept) >= MOST_KEPT:
+    if len(kept) >= most:
         kept.clear()
-    kept[key] = call
-    return call
+    kept[key] = value
+    return value
 
 
 def layout(tensor: Tensor | None) -> tuple[object, ...] | None:

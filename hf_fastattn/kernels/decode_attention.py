@@ -258,11 +258,16 @@ def launch(
     if call.sees_nothing:
         return out.zero_()
     if schedule is None:
-        schedule = decode_schedule.launch(
-            *(q, k, v, block_table, seq_lens, shared_prefixes, window, batch_invariant),
-            config=cfg,
-            num_programs=plan.num_programs,
-        )
+        stream = _stream(q) if block_table is None and seq_lens is None else None
+        schedule = _schedules.get((key, stream)) if stream is not None else None
+        if schedule is None:
+            schedule = decode_schedule.launch(
+                *(q, k, v, block_table, seq_lens, shared_prefixes, window, batch_invariant),
+                config=cfg,
+                num_programs=plan.num_programs,
+            )
+            if stream is not None:
+                keep(_schedules, (key, stream), schedule, MOST_SCHEDULES)
     if schedule.shape != call.schedule_shape:
         raise ValueError(
             f"expected a schedule of shape {call.schedule_shape} for these sizes, got {tuple(schedule.shape)}: "
@@ -299,6 +304,21 @@ class _Call:
 
 
 _kept: dict[Any, _Call] = {}
+
+_schedules: dict[Any, Tensor] = {}
+"""Schedules of dense calls, which depend on nothing but sizes: the layers of a step take one after the other."""
+
+MOST_SCHEDULES = 4
+"""How many are kept: of layers with and without a window, on two streams."""
+
+
+def _stream(q: Tensor) -> int | None:
+    """Return the current stream of a device; None if a graph is being captured, which may outlive what is kept."""
+    if not q.is_cuda:
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(q.device).cuda_stream
 
 
 def _prepare(

@@ -69,7 +69,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda self, *a, **kw: (asked.append(self), run(self, *a, **kw))[1])
     monkeypatch.setattr(driver, "_active", Driver())
     for module in (decode_attention, decode_schedule, store_kv, decode_linear, prefill_attention):
-        monkeypatch.setattr(module, "_kept", {}, raising=False)
+        for kept in ("_kept", "_schedules"):
+            monkeypatch.setattr(module, kept, {}, raising=False)
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))

@@ -113,6 +113,7 @@ def test_dense_caches_take_the_kernels_without_a_table(gpu_way):
     run(pair.fast, tokens(2, 20), past_key_values=DynamicCache(config=pair.fast.config))
     counted = count(log)
     assert counted[DECODE] == LAYERS * (NEW - 1)
+    assert counted[SCHEDULE] == NEW - 1
     assert counted[PREFILL] == LAYERS
     assert counted[STORE] == 0
     assert all(args[7] == (type(None), None) for key, _, args in log if key.startswith(DECODE))

@@ -4,6 +4,7 @@ Nothing is compiled or launched: see conftest.py.
 """
 
 import os
+import types
 
 import pytest
 import torch
@@ -218,6 +219,7 @@ def test_a_kept_launch_is_what_triton_would_launch(launched, monkeypatch, module
         for each in modules:
             monkeypatch.setattr(each, "_kept", {})
         log.clear()
+        decode_attention._schedules.clear()
         call(*arguments(**change))
         fresh.append(list(log))
     assert len({str(launches) for launches in fresh}) >= len(changes) - 1  # the changes are changes: but for bool masks
@@ -227,6 +229,7 @@ def test_a_kept_launch_is_what_triton_would_launch(launched, monkeypatch, module
         for change, expected in zip(changes, fresh, strict=True):
             log.clear()
             asked.clear()
+            decode_attention._schedules.clear()
             call(*arguments(**change))
             assert log == expected, change
             unaligned = change.get("unaligned", False)
@@ -241,6 +244,27 @@ def test_an_unaligned_tensor_leaves_what_is_kept_alone(launched):
         assert len(asked) == asks, change  # the schedule's tensors are new ones: aligned
     keys = [key for key, _, _ in log if key.startswith("_decode")]
     assert keys[0] == keys[2] == keys[4] != keys[1] == keys[3]
+
+
+def test_a_captured_graph_takes_no_schedule_that_is_kept(launched, monkeypatch):
+    """It may be replayed when what was kept is gone; other streams have schedules of their own, too."""
+    log, _ = launched
+    dense = decode(block_size=None)
+    tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=7))
+    stream_of = decode_attention._stream
+    for capturing, stream, schedules in ((False, 7, 1), (True, None, 2), (False, 7, 0)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert stream_of(tensor) == stream
+        monkeypatch.setattr(decode_attention, "_stream", lambda q: stream_of(tensor))
+        log.clear()
+        for _ in range(2):
+            decode_attention.launch(*dense)
+        assert sum(key.startswith("_schedule") for key, _, _ in log) == schedules
+    log.clear()
+    monkeypatch.setattr(decode_attention, "_stream", lambda q: 8)
+    decode_attention.launch(*dense)
+    assert sum(key.startswith("_schedule") for key, _, _ in log) == 1
 
 
 def test_a_refused_call_is_refused_again(launched):

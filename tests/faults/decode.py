@@ -137,6 +137,31 @@ DECODE_FAULTS = [
     ),
     *_faults(LOADS, PADDING, ("padded tiles not skipped", "    return found // TILE\n", "    return first_tile\n")),
     *_faults(
+        ATTENTION,
+        (ALGORITHM, "-k", "dense_layers or bounded"),
+        (
+            "a schedule serves other windows and lengths",
+            "schedule = _schedules.get((key, stream)) if stream is not None else None",
+            "schedule = next(iter(_schedules.values()), None)",
+        ),
+        (
+            "dense layers make a schedule each",
+            "schedule = _schedules.get((key, stream)) if stream is not None else None",
+            "schedule = None",
+        ),
+        ("schedules are kept without end", "schedule, MOST_SCHEDULES)", "schedule)"),
+    ),
+    *_faults(
+        ATTENTION,
+        KEPT,
+        (
+            "streams share counters",
+            "return torch.cuda.current_stream(q.device).cuda_stream",
+            "return 0",
+        ),
+        ("a captured graph takes what is kept", "if torch.cuda.is_current_stream_capturing():", "if False:"),
+    ),
+    *_faults(
         PLAN,
         (ALGORITHM, "-k", "refused"),
         (

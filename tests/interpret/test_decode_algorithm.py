@@ -16,6 +16,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_fastattn.kernels import decode_attention, decode_schedule
 from hf_fastattn.kernels._loads import skip_zeros
 from hf_fastattn.ops.shapes import NO_WINDOW
 
@@ -182,6 +183,30 @@ def test_one_schedule_serves_many_layers():
         assert not counters(schedule, call).any()
     call.q = call.q.roll(1, 0)
     assert torch.equal(call.run(6, config, schedule), call.run(6, config))
+
+
+def test_dense_layers_take_one_schedule_after_the_other(monkeypatch):
+    """Layers with and without a window by turns, then longer keys: one schedule for each, results as with their own."""
+    make, made = decode_schedule.launch, []
+    monkeypatch.setattr(decode_attention, "_schedules", {})
+    monkeypatch.setattr(decode_schedule, "launch", lambda *a, **kw: (made.append(make(*a, **kw)), made[-1])[1])
+    for length in (50, 51):
+        calls = [Call((length, length), block_size=None, heads=4, kv_heads=2, seed=seed) for seed in range(3)]
+        calls[1].options["window"] = 20
+        config = calls[0].config()
+        own = [call.run(3, config, call.schedule(3, config)) for call in calls]
+        made.clear()
+        for _ in range(2):
+            assert all(torch.equal(call.run(3, config), want) for call, want in zip(calls, own, strict=True))
+        assert len(made) == 2
+
+
+def test_what_is_kept_of_dense_schedules_is_bounded(monkeypatch):
+    monkeypatch.setattr(decode_attention, "_schedules", {})
+    for length in range(20, 20 + 2 * decode_attention.MOST_SCHEDULES + 1):
+        call = Call((length,), block_size=None, heads=2, kv_heads=2)
+        call.run(2, call.config())
+        assert 0 < len(decode_attention._schedules) <= decode_attention.MOST_SCHEDULES
 
 
 def test_an_aborted_launch_leaves_nothing_behind(order):
