@@ -10,12 +10,12 @@ THREADS := OMP_NUM_THREADS=2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 600
 
 .PHONY: quickstart test check lint types faults soak clean wheel
-.PHONY: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu
+.PHONY: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu-dry test-gpu
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
 
-test: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu
+test: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu-dry test-gpu
 
 check: lint types test
 
@@ -45,6 +45,10 @@ test-compile: $(VENV)/.ready
 test-newest-triton: $(VENV)/.ready $(TRITON_ONLY)/.ready
 	PYTHONPATH=$(TRITON_ONLY) TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
 	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m compile $(addprefix tests/compile/test_,decode_step.py generate_launches.py hot_loop.py kept_launches.py)
+
+# The tests for a GPU as far as a CPU goes, with the oldest transformers: what is wrong with them shows before they meet one.
+test-gpu-dry: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
+	FASTATTN_TEST_DEVICE=cpu PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m gpu tests/gpu
 
 # A machine with a GPU may have a torch of its own and no $(VENV): then PYTHON runs these, as it does when it is given on
 # the command line. Most of their time is the compilation of kernels, so one process per core, up to 12, where

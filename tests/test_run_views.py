@@ -126,7 +126,7 @@ def test_a_decode_step_repeats_the_one_before_until_a_block_is_full(llama, plann
     "change",
     [
         lambda cache: cache.crop(-2),
-        lambda cache: cache.reorder_cache(torch.tensor([0, 1])),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
         lambda cache: cache.state.finish([True, False]),
         lambda cache: cache.reset(),
         lambda cache: cache.state.on(torch.device("meta")),
