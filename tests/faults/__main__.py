@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
 """Seconds for one run of tests. A fault that makes them hang has not been caught."""
 
+NOT_COPIED = shutil.ignore_patterns("__pycache__", ".hypothesis", "results")
 TESTS_FAILED = 1  # pytest's exit status; others say that it was interrupted, misused or found no tests
 PRELOAD = ("torch", "torch._dynamo", "transformers.models.llama.modeling_llama", "hypothesis.stateful", "pytest")
 
@@ -58,8 +59,8 @@ class Run:
     def start(self) -> str | None:
         """Copy the repository, make the fault and start the tests; return why they can't be, None if they were."""
         folder, fault = Path(self.folder.name), self.fault
-        for name in ("hf_fastattn", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+        for name in ("hf_fastattn", "tests", "eval"):
+            shutil.copytree(ROOT / name, folder / name, ignore=NOT_COPIED)
         if fault is not None:
             text = (folder / fault.file).read_text(encoding="utf-8")
             if text.count(fault.old) != 1:
@@ -94,7 +95,9 @@ def run_pytest(folder: str, tests: tuple[str, ...], interpreted: bool) -> None:
     if tests[0].startswith("tests/transformers"):  # these run both ways, see `make test-oldest`
         os.environ["FASTATTN_TEST_BY_TABLE"] = "1"
     sys.dont_write_bytecode = True
-    again = {"tests", "hf_fastattn"} | ({"triton"} if interpreted else set())  # Triton was imported for compiling
+    again = {"tests", "hf_fastattn", "eval"} | (
+        {"triton"} if interpreted else set()
+    )  # Triton was imported for compiling
     for name in [name for name in sys.modules if name.split(".")[0] in again and not name.startswith("triton._C")]:
         del sys.modules[name]
     sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
