@@ -269,8 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         folder = common.RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}"
         wanted = [item for item in plan(device, args.budget) if args.only is None or item.name in args.only]
         failures = run(wanted, folder, device, args.budget)
-    folders = [path for path in common.RESULTS.iterdir() if path.is_dir()] if common.RESULTS.exists() else []
-    folders = newest(folders)
+    folders = newest([path for path in sorted(common.RESULTS.glob("*/")) if load(path)])
+    if not folders:
+        common.fail(f"{common.RESULTS} holds no results of {', '.join(COLUMNS)}")
     for folder in folders:
         draw(folder)
     rewrite_readme(folders)

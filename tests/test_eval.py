@@ -220,6 +220,22 @@ def test_the_readme_shows_the_last_results_of_each_machine():
     assert report.newest(folders) == [folders[1], folders[2], folders[0]]
 
 
+def test_a_folder_without_results_that_the_readme_shows_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(f"{report.BEGIN}\n{report.END}\n")
+    common.write_result(tmp_path / "h100-2026-12-01" / "loop.json", "loop", CPU, {}, [])
+    with pytest.raises(SystemExit, match="holds no results of throughput"):
+        report.main(["--render-only"])
+    folder = tmp_path / "amd-epyc-2026-11-27"
+    common.write_result(folder / "perplexity.json", "perplexity", CPU, {}, [{"path": "window", "tokens": 7}])
+    assert report.main(["--render-only"]) == 0
+    assert "amd-epyc-2026-11-27/README.md" in report.README.read_text()
+    assert "h100" not in report.README.read_text()
+    assert "| window | 7 |" in (folder / "README.md").read_text()
+
+
 def test_the_readme_is_written_from_result_files(tmp_path, monkeypatch):
     rows = [
         {"cell": "1x8+4", "combo": combo, "status": "ok", "prefill_tokens_per_s": 10.0, "decode_tokens_per_s": speed}

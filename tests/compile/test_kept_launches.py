@@ -53,34 +53,39 @@ def decode(*, num_seqs=2, heads=4, query_len=1, dim=32, block_size=64, blocks=4,
     return (q, k, v, table, lens, mask, sinks, scale, window, changes.get("softcap", 0.0), shared, None, invariant)
 
 
-DECODE_CHANGES = [
+CHANGES = [
     {},
     {"num_seqs": 3},
     {"heads": 8},
     {"kv_heads": 1},
-    {"query_len": 2},
     {"dim": 64},
     {"v_dim": 48},
     {"dtype": torch.bfloat16},
     {"dtype": torch.float32},
     {"block_size": 32},
     {"block_size": None},
-    {"block_size": None, "seq_len": 101},
     {"blocks": 5},
     {"wider": 1},
     {"heads_first": True},
-    {"q_contiguous": True, "query_len": 2},
     {"unaligned": True},
     {"mask": torch.int8},
     {"mask": torch.bool},
     {"mask": torch.int8, "mask_wider": 1},
     {"sinks": torch.float16},
     {"sinks": torch.float32},
-    {"shared": 1},
-    {"shared": 2},
     {"scale": 0.2},
     {"window": 16},
     {"softcap": 30.0},
+]
+"""Of both kinds of attention."""
+
+DECODE_CHANGES = [
+    *CHANGES,
+    {"query_len": 2},
+    {"block_size": None, "seq_len": 101},
+    {"q_contiguous": True, "query_len": 2},
+    {"shared": 1},
+    {"shared": 2},
     {"invariant": True},
 ]
 
@@ -100,35 +105,14 @@ def prefill(*, query_len=130, blocks=4, **changes):
 
 
 PREFILL_CHANGES = [
-    {},
-    {"num_seqs": 3},
-    {"heads": 8},
-    {"kv_heads": 1},
+    *CHANGES,
     {"query_len": 300},
-    {"dim": 64},
-    {"v_dim": 48},
-    {"dtype": torch.bfloat16},
-    {"dtype": torch.float32},
-    {"block_size": 32},
-    {"block_size": None},
     {"block_size": None, "seq_len": 140},
-    {"blocks": 5},
-    {"wider": 1},
-    {"heads_first": True},
     {"q_contiguous": True},
     {"dim_strided": True, "num_seqs": 4},
-    {"unaligned": True},
     {"lens_stride": 2},
     {"positions": True},
-    {"mask": torch.int8},
-    {"mask": torch.bool},
-    {"mask": torch.int8, "mask_wider": 1},
-    {"sinks": torch.float16},
-    {"sinks": torch.float32},
-    {"scale": 0.2},
     {"causal": False},
-    {"window": 16},
-    {"softcap": 30.0},
 ]
 
 

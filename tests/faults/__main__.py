@@ -95,9 +95,9 @@ def run_pytest(folder: str, tests: tuple[str, ...], interpreted: bool) -> None:
     if tests[0].startswith("tests/transformers"):  # these run both ways, see `make test-oldest`
         os.environ["FASTATTN_TEST_BY_TABLE"] = "1"
     sys.dont_write_bytecode = True
-    again = {"tests", "hf_fastattn", "eval"} | (
-        {"triton"} if interpreted else set()
-    )  # Triton was imported for compiling
+    again = {"tests", "hf_fastattn", "eval"}
+    if interpreted:  # Triton was imported for compiling
+        again.add("triton")
     for name in [name for name in sys.modules if name.split(".")[0] in again and not name.startswith("triton._C")]:
         del sys.modules[name]
     sys.path[:] = [folder, *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
