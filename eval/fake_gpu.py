@@ -11,7 +11,7 @@ from unittest import mock
 from hf_fastattn.block_pool import BlockTables
 from hf_fastattn.ops import _library
 
-LAUNCHED = ("store_kv", "decode_schedule", "decode_attention", "prefill_attention")
+LAUNCHED = ("store_kv", "decode_schedule", "decode_attention", "packed_attention", "prefill_attention")
 
 
 class _Driver:

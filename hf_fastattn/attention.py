@@ -18,6 +18,7 @@ from .device_tables import DeviceTables
 from .fallback import AttentionOptions, fallback_attention, reason_to_fall_back, warn_once
 from .handles import Handle, NewStates
 from .model_config import num_layers
+from .packed import attend_packed, is_packed
 from .paged_layer import PagedLayer
 
 
@@ -58,7 +59,8 @@ def fastattn_attention(
     if kwargs.get("output_attentions"):
         warn_once("fastattn never computes attention weights: output_attentions returns None")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if attention_mask is None and isinstance(key, Tensor) and isinstance(value, Tensor):
+    packed = is_packed(kwargs)
+    if attention_mask is None and isinstance(key, Tensor) and isinstance(value, Tensor) and not packed:
         plain = not (dropout or sliding_window or softcap) and s_aux is position_bias is None
         out = ops.decode_at_once(query, key, value, scale) if plain else None
         if out is not None:
@@ -72,13 +74,19 @@ def fastattn_attention(
         dropout=dropout,
         position_bias=position_bias,
     )
-    if attention_mask is None and query.shape[2] > 1:
+    if attention_mask is None and query.shape[2] > 1 and not packed:
         _refuse_packed_cache(module, kwargs.get("position_ids"))
     wanted = query.dtype
     device = "cpu" if query.is_cpu else query.device.type  # asking a device for its type is slow
     if not wanted == key.dtype == value.dtype or torch.is_autocast_enabled(device):
         query, key, value, wanted = _one_dtype(query, key, value)
-    if isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
+    if packed:
+        if isinstance(key, Handle) or isinstance(value, Handle):
+            raise ValueError(
+                "sequences packed into one row cannot go into a PagedCache: pass use_cache=False to the model"
+            )
+        out = attend_packed(query, key, value, options, kwargs)
+    elif isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:
         key = key.materialize() if isinstance(key, Handle) else key

@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
 from .compile_policy import Bucket, forgiving, gave_up, length_to_size, stays_eager
+from .continuous import ContinuousBatching
 from .generate import CACHE_NAME, generate
 from .leases import lease
 from .model_config import text_config
@@ -50,7 +51,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # Generation
 
 
-class PagedByDefault:
+class PagedByDefault(ContinuousBatching):
     """What a model class gains: generate() makes a PagedCache unless the caller chose a cache or another attention."""
 
     _native: type

@@ -112,6 +112,33 @@ def decode_attention(
     )
 
 
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_query_len: int,
+    softmax_scale: float,
+    sinks: Tensor | None = None,
+    causal: bool = True,
+    window: int = NO_WINDOW,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attend sequences that lie one behind the other. See :func:`hf_fastattn.ops.packed_attention`."""
+    out = q.new_zeros(*q.shape[:2], v.shape[2])
+    for seq in range(query_starts.shape[0] - 1):
+        rows = slice(int(query_starts[seq]), int(query_starts[seq + 1]))
+        columns = slice(int(key_starts[seq]), int(key_starts[seq + 1]))
+        assert rows.stop - rows.start <= max_query_len
+        one = (x.transpose(0, 1)[None] for x in (q[rows], k[columns], v[columns]))
+        out[rows] = prefill_attention(
+            *one, softmax_scale=softmax_scale, sinks=sinks, causal=causal, window=window, softcap=softcap
+        )[0]
+    return out
+
+
 def decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Apply a linear layer. See :func:`hf_fastattn.ops.decode_linear`."""
     out = x @ weight.transpose(0, 1)

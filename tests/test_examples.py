@@ -57,6 +57,13 @@ def test_batch_stores_no_padding() -> None:
     assert "same text one prompt at a time: yes" in output
 
 
+def test_continuous_batching_pads_nothing() -> None:
+    output = run("continuous_batching", "--max-new-tokens", "6")
+    tokens, padded = numbers(r"prompt tokens: (\d+) \(padded: (\d+)\)", output)
+    assert 0 < tokens < padded / 2
+    assert "same tokens one request at a time: yes" in output
+
+
 def test_beams_share_blocks() -> None:
     output = run("beam_search", "--max-new-tokens", "12")
     (separate,) = numbers(r"blocks as separate copies: +(\d+)", output)

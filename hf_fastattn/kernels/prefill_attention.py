@@ -1,4 +1,4 @@
-"""prefill_attention in Triton: FlashAttention-2's forward pass over dense keys or over blocks.
+"""prefill_attention and packed_attention in Triton: FlashAttention-2's forward pass over dense keys or over blocks.
 
 Source: Dao, "FlashAttention-2", 2023, section 3.1. One program attends one tile of queries of one head in one pass over
 the key tiles it can see. The one decision: the pass is two loops, first the tiles that every query of the tile sees
@@ -50,6 +50,8 @@ def prefill_attention_kernel(
     positions_ptr,
     key_mask_ptr,
     sinks_ptr,
+    query_starts_ptr,
+    key_starts_ptr,
     scale,
     cap_log2,
     window,
@@ -97,12 +99,14 @@ def prefill_attention_kernel(
     q (num_seqs, heads, query_len, HEAD_DIM), out (num_seqs, query_len, heads, V_HEAD_DIM). k, v: KV_BLOCK_SIZE 0 is
     dense, (num_seqs, kv heads, seq_len, dim) with stride_k_block the stride of a sequence; otherwise (num_blocks,
     KV_BLOCK_SIZE, kv heads, dim). table, seq_lens, positions, key_mask (uint8) and sinks as in the op, None if absent.
+    query_starts, key_starts: the sequences lie one behind the other in q, k, v and out, whose strides of a sequence are
+    0; query_len bounds their queries and seq_len is not read.
 
     Loop-carried: acc [BLOCK_M, BLOCK_DV], m_i and l_i [BLOCK_M], fp32, exp2 domain. scale and cap_log2: logits times
     log2(e) are ``scores * scale``, or with SOFTCAP ``tanh(scores * scale / (2 log2(e))) * cap_log2``; both positive.
 
     The launcher guarantees contiguous head sizes, KV_BLOCK_SIZE a power of two, and at least one key (dense) or one
-    column in the table. Every element of out is written.
+    column in the table. Every element of out that belongs to a sequence is written.
     """
     pid = tl.program_id(0)
     of_kv_head = pid % (num_query_tiles * QUERIES_PER_KV)
@@ -121,6 +125,15 @@ def prefill_attention_kernel(
         table_ptr += seq * stride_table_seq
     if key_mask_ptr is not None:
         key_mask_ptr += seq * stride_mask_seq
+    if query_starts_ptr is not None:
+        query_start, key_start = tl.load(query_starts_ptr + seq), tl.load(key_starts_ptr + seq)
+        query_len = tl.load(query_starts_ptr + seq + 1) - query_start
+        seq_len = tl.load(key_starts_ptr + seq + 1) - key_start
+        seq_len = tl.where(first_row < query_len, seq_len, 0)  # a tile behind the last query has no keys to read
+        q_ptr += query_start.to(tl.int64) * stride_q_token
+        k_ptr += key_start.to(tl.int64) * stride_k_token
+        v_ptr += key_start.to(tl.int64) * stride_v_token
+        out_ptr += query_start.to(tl.int64) * stride_out_token
 
     offs_m = tl.arange(0, BLOCK_M)
     row_exists = first_row + offs_m < query_len
@@ -245,7 +258,7 @@ def launch(
         reason = supports(q, k, v, block_table, softmax_scale)
         if reason is not None:
             raise Unsupported(reason)
-        call = keep(_kept, key, _prepare(*tensors, *options))
+        call = keep(_kept, key, prepare(*tensors, *options))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
     if out.numel() == 0:
         return out
@@ -254,14 +267,14 @@ def launch(
     if key_mask is not None:
         key_mask = key_mask.view(torch.uint8) if key_mask.shape[1] else None  # no column: no sequence has a key
     sinks = None if sinks is None else sinks.contiguous()
-    call(q, k, v, out, block_table, seq_lens, query_positions, key_mask, sinks)
+    call(q, k, v, out, block_table, seq_lens, query_positions, key_mask, sinks, None, None)
     return out
 
 
 _kept: dict[Any, Launch] = {}
 
 
-def _prepare(
+def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -274,10 +287,15 @@ def _prepare(
     window: int,
     softcap: float,
     config: PrefillConfig | None,
+    *,
+    packed: tuple[int, int] | None = None,
 ) -> Launch:
-    """Return the launch of a call by the layout of its tensors."""
-    num_seqs, num_heads, query_len, head_dim = q.shape
-    v_head_dim = v.shape[3]
+    """Return the launch of a call by the layout of its tensors.
+
+    packed: the sequences that lie one behind the other in q, k and v of batch size 1, and most queries of one.
+    """
+    num_heads, head_dim, v_head_dim = q.shape[1], q.shape[3], v.shape[3]
+    num_seqs, query_len = packed or (q.shape[0], q.shape[2])
     if block_table is None:
         num_kv_heads, seq_len, block_size, max_blocks = k.shape[1], k.shape[2], 0, 0
         k_strides, v_strides = k.stride()[:3], v.stride()[:3]
@@ -288,11 +306,13 @@ def _prepare(
         plain = is_plain(block_size, causal, key_mask is not None, softcap > 0)
         config = _config(device_arch(q.device), head_dim, v_head_dim, q.dtype, plain=plain)
     num_query_tiles = triton.cdiv(query_len, config.BLOCK_M)
+    seq_strides = (q.stride(0), k_strides[0], v_strides[0], query_len * num_heads * v_head_dim)
+    q_seq, k_seq, v_seq, out_seq = (0, 0, 0, 0) if packed else seq_strides
     scalars = (
         *(*logit_scales(softmax_scale, softcap), min(window, FAR.value)),
         *(query_len, seq_len, max_blocks, num_query_tiles),
-        *(*q.stride()[:3], *k_strides, *v_strides),
-        *(query_len * num_heads * v_head_dim, num_heads * v_head_dim),
+        *(q_seq, *q.stride()[1:3], k_seq, *k_strides[1:], v_seq, *v_strides[1:]),
+        *(out_seq, num_heads * v_head_dim),
         *((0, 0) if block_table is None else block_table.stride()),
         0 if seq_lens is None else seq_lens.stride(0),
         *((0, 0) if query_positions is None else query_positions.stride()),
@@ -374,7 +394,7 @@ def _case(
     mask = meta(num_seqs, length, dtype=torch.uint8) if key_mask else None
     chosen = config(arch, head_dim, v_head_dim, dtype, plain=is_plain(block_size, causal, key_mask, softcap))
     options = (head_dim**-0.5, causal, NO_WINDOW, 30.0 if softcap else 0.0, chosen)
-    call = _prepare(q, k, v, table, lens, query_positions, mask, *options)
+    call = prepare(q, k, v, table, lens, query_positions, mask, *options)
     tensors = (q, k, v, meta(num_seqs, length, 32, v_head_dim), table, lens, query_positions, mask)
     flags = {"causal": causal, "softcap": softcap, "mask": key_mask, "sinks": sinks, "positions": positions}
     where = f"paged{block_size}" if block_size else "dense"
@@ -384,6 +404,6 @@ def _case(
     return case_from_call(
         "-".join([where, name, size, *(flag for flag, on in flags.items() if on)]),
         call,
-        (*tensors, meta(32) if sinks else None),
+        (*tensors, meta(32) if sinks else None, None, None),
         {"tile_bytes": tile_bytes, "config": chosen},
     )

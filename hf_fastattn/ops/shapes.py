@@ -57,6 +57,31 @@ def check_attention(
             raise ValueError(f"expected key_mask ({q.shape[0]}, at least {keys} keys), got {tuple(key_mask.shape)}")
 
 
+def check_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_query_len: int,
+    sinks: Tensor | None,
+) -> None:
+    """Raise ValueError or TypeError if the arguments of a packed call do not belong together (no device access)."""
+    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
+        raise ValueError(f"expected packed q, k and v of 3 dimensions, got {q.dim()}, {k.dim()} and {v.dim()}")
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    check_attention(q, k, v, None, None, None, sinks)
+    if query_starts.dim() != 1 or query_starts.shape != key_starts.shape or query_starts.shape[0] == 0:
+        raise ValueError(
+            f"expected query_starts and key_starts (num_seqs + 1,), got {tuple(query_starts.shape)} and "
+            f"{tuple(key_starts.shape)}"
+        )
+    if query_starts.dtype != torch.int32 or key_starts.dtype != torch.int32:
+        raise TypeError(f"query_starts and key_starts must be int32, got {query_starts.dtype} and {key_starts.dtype}")
+    if max_query_len < 0:
+        raise ValueError(f"max_query_len is a number of queries, got {max_query_len}")
+
+
 def check_shared_prefixes(shared_prefixes: Tensor, block_table: Tensor | None, key_mask: Tensor | None) -> None:
     """Raise ValueError or TypeError if shared prefixes do not belong to a call (O(1), no device access)."""
     if block_table is None:

@@ -56,7 +56,14 @@ def launched(monkeypatch):
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, prefill_attention, store_kv
+    from hf_fastattn.kernels import (
+        decode_attention,
+        decode_linear,
+        decode_schedule,
+        packed_attention,
+        prefill_attention,
+        store_kv,
+    )
 
     log, asked = [], []
 
@@ -68,7 +75,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
     monkeypatch.setattr(JITFunction, "run", lambda self, *a, **kw: (asked.append(self), run(self, *a, **kw))[1])
     monkeypatch.setattr(driver, "_active", Driver())
-    for module in (decode_attention, decode_schedule, store_kv, decode_linear, prefill_attention):
+    modules = (decode_attention, decode_schedule, store_kv, decode_linear, prefill_attention, packed_attention)
+    for module in modules:
         for kept in ("_kept", "_schedules"):
             monkeypatch.setattr(module, kept, {}, raising=False)
         for kernel in vars(module).values():

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from hf_fastattn import PagedCache, generate, optimize_linears, paged
 from tests.tiny import left_padding, make_pair, tokens
+from tests.transformers import continuous_calls
 
 pytestmark = pytest.mark.compile
 
@@ -150,3 +151,19 @@ def test_no_call_fails_on_the_host(gpu_way, lengths, window, beams, loop, chunk)
         q, k, _, out, _, _, _, table = (arg[1] for arg in args[:8])
         assert q[0] == table[0] == out[0] == len(lengths) * beams
         assert table[1] * k[1] >= max(lengths)
+
+
+def test_continuous_batching_packs_prompts_and_decodes_by_table(gpu_way):
+    log, asked = gpu_way
+    model = model_of()
+    requests = continuous_calls.prompts((20, 7, 33))
+    config = continuous_calls.sizes(max_batch_tokens=64)
+    results = model.generate_batch(
+        requests, generation_config=continuous_calls.greedy(), continuous_batching_config=config
+    )
+    assert [result.error for result in results.values()] == [None] * 3
+    steps = continuous_calls.NEW - 1
+    assert count(log) == {PREFILL: LAYERS, STORE: LAYERS * steps, SCHEDULE: steps, DECODE: LAYERS * steps}
+    [(_, grid, _)] = {launch for launch in log if launch[0].startswith(PREFILL)}
+    assert grid == (4 * 4 * 3, 1, 1)  # 4 tiles of 32 float32 queries, 4 heads, 3 requests
+    assert Counter(kernel.__name__ for kernel in asked) == {PREFILL: 1, STORE: 1, SCHEDULE: 1, DECODE: 1}

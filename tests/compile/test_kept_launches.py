@@ -12,7 +12,14 @@ import torch
 pytest.importorskip("triton")
 
 
-from hf_fastattn.kernels import decode_attention, decode_linear, decode_schedule, prefill_attention, store_kv
+from hf_fastattn.kernels import (
+    decode_attention,
+    decode_linear,
+    decode_schedule,
+    packed_attention,
+    prefill_attention,
+    store_kv,
+)
 from hf_fastattn.kernels._launch import MOST_KEPT, Launch, keep
 from hf_fastattn.kernels.decode_linear_plan import Plan
 from hf_fastattn.ops import NO_WINDOW
@@ -116,6 +123,41 @@ PREFILL_CHANGES = [
 ]
 
 
+def packed(*, num_seqs=3, heads=4, dim=32, dtype=torch.float16, **changes):
+    """Arguments of packed_attention's launch, with one thing changed."""
+    kv_heads, rows = changes.get("kv_heads", 2), changes.get("rows", 300)
+    q = torch.zeros(rows, heads * changes.get("spread", 1), dim, dtype=dtype)[:, :: changes.get("spread", 1)]
+    k, v = (torch.zeros(rows, kv_heads, size, dtype=dtype) for size in (dim, changes.get("v_dim", dim)))
+    if changes.get("unaligned"):
+        q = torch.zeros(q.numel() + 1, dtype=dtype)[1:].view(q.shape)
+    starts = torch.zeros(num_seqs + 1, dtype=torch.int32)
+    sinks = torch.zeros(heads, dtype=changes["sinks"]) if "sinks" in changes else None
+    scale, window, softcap = changes.get("scale", 0.1), changes.get("window", NO_WINDOW), changes.get("softcap", 0.0)
+    longest = changes.get("longest", 200)
+    return q, k, v, starts, starts.clone(), sinks, longest, scale, changes.get("causal", True), window, softcap
+
+
+PACKED_CHANGES = [
+    {},
+    {"num_seqs": 4},
+    {"heads": 8},
+    {"kv_heads": 1},
+    {"dim": 64},
+    {"v_dim": 48},
+    {"dtype": torch.bfloat16},
+    {"dtype": torch.float32},
+    {"spread": 2},
+    {"unaligned": True},
+    {"sinks": torch.float16},
+    {"sinks": torch.float32},
+    {"longest": 300},
+    {"scale": 0.2},
+    {"causal": False},
+    {"window": 16},
+    {"softcap": 30.0},
+]
+
+
 def store(*, num_seqs=2, heads=2, query_len=1, dim=32, dtype=torch.float16, cache_dtype=torch.float16, **changes):
     """Arguments of store_kv's launch, with one thing changed."""
     k = torch.zeros(num_seqs, query_len, heads, dim, dtype=dtype).transpose(1, 2)
@@ -188,6 +230,7 @@ LINEAR_CHANGES = [
 CALLS = [
     pytest.param(decode_attention, decode_attention.launch, decode, DECODE_CHANGES, id="decode_attention"),
     pytest.param(prefill_attention, prefill_attention.launch, prefill, PREFILL_CHANGES, id="prefill_attention"),
+    pytest.param(packed_attention, packed_attention.launch, packed, PACKED_CHANGES, id="packed_attention"),
     pytest.param(store_kv, store_kv.launch, store, STORE_CHANGES, id="store_kv"),
     pytest.param(decode_linear, decode_linear.run, linear, LINEAR_CHANGES, id="decode_linear"),
 ]
@@ -218,6 +261,14 @@ def test_a_kept_launch_is_what_triton_would_launch(launched, monkeypatch, module
             assert log == expected, change
             unaligned = change.get("unaligned", False)
             assert bool(asked) == (not again or unaligned), change  # the second time nobody asks what to compile
+
+
+def test_other_numbers_of_packed_rows_find_the_launch_that_is_kept(launched):
+    log, asked = launched
+    for rows, longest in ((300, 200), (301, 129), (260, 256)):
+        packed_attention.launch(*packed(rows=rows, longest=longest))
+    assert len(asked) == 1
+    assert len({str(scalars) for _, scalars, _ in log}) == 1
 
 
 def test_an_unaligned_tensor_leaves_what_is_kept_alone(launched):

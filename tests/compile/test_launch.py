@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from eval.compile_report import spills
-from hf_fastattn.kernels import decode_attention, decode_schedule, prefill_attention, store_kv
+from hf_fastattn.kernels import decode_attention, decode_schedule, packed_attention, prefill_attention, store_kv
 from hf_fastattn.kernels._compile import compile_case
 from hf_fastattn.kernels._launch import SHARED_BYTES, SMALL, Unsupported, configs_of, device_arch
 from hf_fastattn.ops import _library
@@ -31,7 +31,7 @@ SMALL_GPUS = (86, 120)
 LIMIT = 101376
 """Bytes of shared memory that a program can have on sm_86, sm_89 and sm_120."""
 
-MODULES = (decode_attention, decode_schedule, prefill_attention, store_kv)
+MODULES = (decode_attention, decode_schedule, packed_attention, prefill_attention, store_kv)
 
 CASES = [
     pytest.param(case, gpu, module is decode_attention, id=f"{module.__name__.split('.')[-1]}-{case.name}-sm{gpu}")

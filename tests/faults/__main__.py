@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .auto import AUTO_FAULTS
+from .continuous import CONTINUOUS_FAULTS
 from .decode import DECODE_FAULTS
 from .faults import FAULTS, Fault
 from .generate import GENERATE_FAULTS
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     options = parser.parse_args()
     known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS + OFFLOAD_FAULTS + SHARING_FAULTS
-    known += WINDOW_FAULTS + GENERATE_FAULTS
+    known += WINDOW_FAULTS + GENERATE_FAULTS + CONTINUOUS_FAULTS
     chosen = [f for f in known if not options.words or any(w in f.name or w in f.file for w in options.words)]
     if importlib.util.find_spec("triton") is None:
         chosen = [fault for fault in chosen if not fault.interpreted]

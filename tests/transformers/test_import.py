@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_fastattn import IMPLEMENTATION
+from hf_fastattn.continuous import CONTINUOUS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,8 +91,9 @@ def test_import_loads_no_kernels_and_nothing_big(imported):
     assert not big & {name.split(".")[0] for name in imported["modules"]}
 
 
-def test_import_registers_one_name(imported):
-    assert imported["attention"] == imported["masks"] == [IMPLEMENTATION] == ["fastattn"]
+def test_import_registers_one_name_and_that_of_continuous_batching(imported):
+    assert imported["attention"] == sorted([IMPLEMENTATION, CONTINUOUS])
+    assert imported["masks"] == [IMPLEMENTATION] == ["fastattn"]
     assert "flash" not in IMPLEMENTATION  # transformers would look for a kernel package
 
 

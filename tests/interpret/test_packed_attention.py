@@ -1,0 +1,110 @@
+"""packed_attention's launcher and kernel against the float64 oracle, run by Triton's interpreter on tiny tiles.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpret/test_packed_attention.py
+
+Rows of no sequence hold NaN, before, between and behind those of sequences.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_fastattn.ops import NO_WINDOW
+from tests.test_packed import RAGGED, Packed
+
+pytest.importorskip("triton")
+
+from hf_fastattn.kernels import packed_attention
+from hf_fastattn.kernels.packed_attention import launch
+from hf_fastattn.kernels.prefill_attention import PrefillConfig
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 was not set at the start"),
+]
+TILES = PrefillConfig(16, 16, 4, 2)
+ALL_TILES = [TILES, PrefillConfig(16, 32, 4, 2), PrefillConfig(32, 16, 4, 2, split=False), None]
+
+
+@pytest.fixture(autouse=True)
+def _few_idle_tiles(monkeypatch):
+    """The interpreter takes its time for tiles behind the last query, too."""
+    monkeypatch.setattr(packed_attention, "LENGTH_STEP", 16)
+
+
+def kernel(tiles):
+    """Return the op's function, by the kernel."""
+
+    def run(q, k, v, *, query_starts, key_starts, max_query_len, softmax_scale, sinks=None, **options):
+        options = {"causal": True, "window": NO_WINDOW, "softcap": 0.0} | options
+        return launch(
+            *(q, k, v, query_starts, key_starts, sinks, max_query_len, softmax_scale),
+            *(options["causal"], options["window"], options["softcap"]),
+            config=tiles,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("tiles", ALL_TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ragged(dtype, tiles):
+    Packed(RAGGED, heads=2, kv_heads=1, dtype=dtype).check(kernel(tiles))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2)])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 40)])
+def test_heads(heads, dims):
+    Packed(RAGGED[:3], heads=heads[0], kv_heads=heads[1], dim=dims[0], v_dim=dims[1]).check(kernel(TILES))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"window": 6},
+        {"window": 6, "softcap": 2.0, "sinks": torch.tensor([1.0, 9.0, 2.0, 3.0, 7.0, 0.0, 5.0, 8.0])[::2]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("tiles", ALL_TILES[1:3], ids=str)
+def test_options(options, tiles):
+    call = Packed(RAGGED)
+    call.options |= options
+    call.check(kernel(tiles))
+
+
+@pytest.mark.parametrize("lens", [(), ((0, 0),), ((0, 4), (0, 0)), ((3, 0),)], ids=str)
+def test_nothing_to_attend(lens):
+    assert not Packed(lens).check(kernel(TILES)).any()
+
+
+def test_a_bound_larger_than_any_length_changes_nothing():
+    call = Packed(RAGGED[2:], heads=1, kv_heads=1)
+    out = call.check(kernel(TILES))
+    call.options["max_query_len"] = 60
+    assert torch.equal(call.check(kernel(TILES)), out)
+
+
+def test_starts_and_heads_of_any_stride():
+    call = Packed(RAGGED[:3], heads=2)
+    out = call.check(kernel(TILES))
+    call.starts = [starts.repeat_interleave(2)[::2] for starts in call.starts]
+    call.q = call.q.repeat_interleave(2, 2)[..., ::2]
+    assert torch.equal(call.check(kernel(TILES)), out)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    lens=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=4),
+    window=st.one_of(st.just(NO_WINDOW), st.integers(1, 50)),
+    causal=st.booleans(),
+    gap=st.integers(0, 3),
+)
+def test_any_lengths(lens, window, causal, gap):
+    call = Packed(lens, heads=2, dim=16, gap=gap)
+    call.options |= {"window": window, "causal": causal}
+    call.check(kernel(TILES))
