@@ -164,6 +164,11 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
 
+def speedup(baseline: Sequence[float], own: Sequence[float]) -> Spread:
+    """Return how many times as fast runs were as the baseline's of the same round: a machine's drift cancels out."""
+    return Spread.of([base / value for base, value in zip(baseline, own, strict=True)])
+
+
 def seconds(action: Callable[[], Any], device: torch.device) -> float:
     """Return how long an action takes, the device's work included."""
     synchronize(device)

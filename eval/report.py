@@ -29,6 +29,19 @@ README = common.ROOT / "README.md"
 BEGIN, END = "<!-- measured: written by python -m eval.report -->", "<!-- measured: end -->"
 COLUMNS = {
     "throughput": None,
+    "continuous": [
+        "cell",
+        "combo",
+        "seconds",
+        "serving_s",
+        "new_tokens_per_s",
+        "all_tokens_per_s",
+        "vs",
+        "serving_vs",
+        "peak_mib",
+        "equal_requests",
+        "status",
+    ],
     "perplexity": ["path", "implementation", "tokens", "perplexity", "difference"],
     "memory": [
         "cell",
@@ -64,15 +77,20 @@ def plan(device: torch.device, budget: float) -> list[Measurement]:
     if device.type == "cuda":
         cells = ["1x128", "8x8192"] if short else ["1x128", "1x8192", "8x8192", "64x128", "8x32768"]
         throughput = ("--model", "llama-3-8b", "--cells", *cells, "--new-tokens", "64", "--rounds", "3")
+        requests = ["64x512"] if short else ["64x512", "32x2048"]
+        continuous = ("--model", "qwen3-0.6b", "--cells", *requests, "--new-tokens", "64", "--rounds", "3")
         memory = ("--model", "qwen3-0.6b", "--cells", "4x1024")
     else:
         cells = ["1x512"] if short else ["1x512", "1x8192", "4x4096"]
         combos = ("sdpa/dynamic", "fastattn/dynamic", "fastattn/paged")
         size = ("--model", "llama-20m", "--layers", "4", "--threads", "2")
         throughput = (*size, "--cells", *cells, "--new-tokens", "48", "--rounds", "5", "--combos", *combos)
+        requests = ["8x512"] if short else ["8x512", "16x1024"]
+        continuous = (*size, "--cells", *requests, "--new-tokens", "32", "--rounds", "3" if short else "5")
         memory = ("--model", "tiny", "--cells", "4x512", "--new-tokens", "64")
     return [
-        Measurement("throughput", "eval.throughput", throughput, 0.55),
+        Measurement("throughput", "eval.throughput", throughput, 0.45),
+        Measurement("continuous", "eval.continuous", continuous, 0.1),
         Measurement("perplexity", "eval.perplexity", ("--limit", "6000" if short else "20000"), 0.15),
         Measurement("memory", "eval.memory", memory, 0.1),
         Measurement("kernels", "eval.kernels", ("--budget", str(int(budget * 0.2))), 0.2),
@@ -226,6 +244,24 @@ def decode_speeds(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def request_speeds(folder: Path) -> list[dict[str, Any]]:
+    """Return what fastattn makes of the speed of continuous batching: a row per file and cell."""
+    table = []
+    for name, result in load(folder).items():
+        if kind_of(name) != "continuous":
+            continue
+        rows = {(row["cell"], row["combo"]): row for row in result["rows"]}
+        for (cell, combo), row in rows.items():
+            if combo != "fastattn/generate_batch" or "vs" not in row:
+                continue
+            entry = {"device": result["device"], "model": result["settings"]["model"], "requests + new tokens": cell}
+            for other in ("sdpa/generate_batch", "fastattn/generate_batch", "fastattn/generate"):
+                entry[other.replace("/", ", ")] = rows.get((cell, other), {}).get("new_tokens_per_s")
+            entry |= {"rounds": row["vs"]["count"], "generate_batch vs sdpa": f"**{row['vs']['median']:.2f}x**"}
+            table.append(entry)
+    return table
+
+
 def rewrite_readme(folders: Sequence[Path]) -> None:
     """Write the README of each folder and, into the project's, a summary of all with the pictures of the first."""
     text = README.read_text()
@@ -236,8 +272,12 @@ def rewrite_readme(folders: Sequence[Path]) -> None:
         (folder / "README.md").write_text(render(folder))
         device = next(iter(load(folder).values()))["device"]
         links.append(f"[{device}]({(folder / 'README.md').relative_to(common.ROOT)})")
-    rows = [row for folder in folders for row in decode_speeds(folder)]
-    lines = ["Decoding, tokens/s:", "", common.table(rows, list(rows[0]) if rows else []), ""]
+    lines = []
+    tables = {"Decoding, tokens/s": decode_speeds, "Continuous batching, new tokens/s of whole calls": request_speeds}
+    for title, speeds in tables.items():
+        rows = [row for folder in folders for row in speeds(folder)]
+        if rows:
+            lines += [f"{title}:", "", common.table(rows, list(rows[0])), ""]
     for name in ("throughput", "memory", "blocks"):
         picture = folders[0] / f"{name}.png"
         if picture.exists():

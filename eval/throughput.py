@@ -270,11 +270,14 @@ def measure_cell(
 
 
 def versus(baseline: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how many times as fast runs were as the baseline's of the same round: a machine's drift cancels out."""
-    pairs = list(zip(baseline, runs, strict=True))
+    """Return how many times as fast prefill and decoding were as the baseline's, round by round."""
+
+    def ratio(seconds: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+        return asdict(common.speedup([seconds(run) for run in baseline], [seconds(run) for run in runs]))
+
     return {
-        "prefill_vs_sdpa": asdict(common.Spread.of([base["first"] / run["first"] for base, run in pairs])),
-        "decode_vs_sdpa": asdict(common.Spread.of([sum(base["steps"]) / sum(run["steps"]) for base, run in pairs])),
+        "prefill_vs_sdpa": ratio(lambda run: run["first"]),
+        "decode_vs_sdpa": ratio(lambda run: sum(run["steps"])),
     }
 
 

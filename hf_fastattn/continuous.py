@@ -1,4 +1,4 @@
-"""Continuous batching: ``model.generate_batch`` and ``transformers serve`` over the ops.
+"""Continuous batching: ``model.generate_batch`` and the managers of ``init_continuous_batching``, over the ops.
 
 transformers schedules the requests and owns the blocks. It asks a FlashAttention for two things, which a name with
 "flash" in it promises: batches without padding or masks, and decode steps that read blocks by their table. Models that
