@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching import initialization
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import ops
+from .attention import fastattn_attention
 from .cache import IMPLEMENTATION
 from .compile_policy import kernels_serve
 from .fallback import AttentionOptions
@@ -72,13 +73,23 @@ def continuous_attention(
             (num_blocks, block_size, num_kv_heads, head_dim), if every request decodes one token. With transformers 5.17
             cache, read_index and write_index instead, for this function to update the cache.
 
+    Others may call the model while a manager runs, but with transformers 5.17: it would not tell them of padding.
+
     Raises:
-        RuntimeError: a call from elsewhere, while continuous batching runs on the model.
+        RuntimeError: a call from elsewhere, with transformers 5.17.
     """
     if not is_packed(kwargs):
-        raise RuntimeError(
-            "this model is in continuous batching, so only its manager may call it: stop the manager first"
-        )
+        if TAKES_PREFIX:
+            raise RuntimeError(
+                "this model is in continuous batching, so only its manager may call it: stop the manager first"
+            )
+        given: dict[str, Any] = {
+            "scaling": scaling,
+            "sliding_window": sliding_window,
+            "softcap": softcap,
+            "s_aux": s_aux,
+        }
+        return fastattn_attention(module, query, key, value, attention_mask, **given, **kwargs)
     options = AttentionOptions(
         softmax_scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         causal=True,

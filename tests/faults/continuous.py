@@ -150,7 +150,7 @@ CONTINUOUS_FAULTS = [
         GLUE,
         "manager._original_attn_impl = IMPLEMENTATION",
         "pass",
-        (f"{TESTS}::test_nobody_else_calls_the_model_meanwhile",),
+        (f"{TESTS}::test_who_else_calls_the_model_meanwhile",),
     ),
     Fault(
         "the user's config is changed",
@@ -174,11 +174,18 @@ CONTINUOUS_FAULTS = [
         (f"{TESTS}::test_other_implementations_are_transformers_own",),
     ),
     Fault(
-        "anybody may call a model in continuous batching",
+        "others are taken for continuous batching",
         GLUE,
         "if not is_packed(kwargs):",
         "if False:",
-        (f"{TESTS}::test_nobody_else_calls_the_model_meanwhile",),
+        (f"{TESTS}::test_who_else_calls_the_model_meanwhile",),
+    ),
+    Fault(
+        "others lose their masks meanwhile",
+        "hf_fastattn/__init__.py",
+        "if not TAKES_PREFIX:",
+        "if TAKES_PREFIX:",
+        (f"{TESTS}::test_who_else_calls_the_model_meanwhile",),
     ),
     Fault(
         "several packed rows",

@@ -10,7 +10,7 @@ from transformers import CompileConfig, DynamicCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from hf_fastattn import PagedCache, continuous, paged
-from hf_fastattn.continuous import CONTINUOUS
+from hf_fastattn.continuous import CONTINUOUS, TAKES_PREFIX
 from hf_fastattn.generate import CACHE_NAME
 from tests.op_calls import Call
 from tests.transformers.continuous_calls import BLOCK_SIZE, NEW, TOLERANCE, check, greedy, prompts, run, sizes
@@ -142,16 +142,32 @@ def test_generate_with_a_paged_cache_implementation(model, paths):
     assert torch.equal(*outs)
 
 
-def test_nobody_else_calls_the_model_meanwhile(model):
-    manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
-    assert model.config._attn_implementation == CONTINUOUS
-    with pytest.raises(RuntimeError, match="stop the manager first"), torch.no_grad():
-        model(torch.tensor([[5, 6]]))
-    manager.start()
-    manager.stop()
-    assert model.config._attn_implementation == "fastattn"
+def test_who_else_calls_the_model_meanwhile(model):
+    """Padding is seen, or the call refused: transformers 5.17 would not tell of it."""
+    ids = torch.tensor(prompts((7, 7)))
+    calls = {
+        "padded": {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])},
+        "cached": {CACHE_NAME: DynamicCache(config=model.config)},
+        "paged": {CACHE_NAME: PagedCache(model.config)},
+    }
     with torch.no_grad():
-        model(torch.tensor([[5, 6]]))
+        model.set_attn_implementation("eager")
+        wanted = {name: model(ids, attention_mask=given.get("attention_mask")).logits for name, given in calls.items()}
+        model.set_attn_implementation("fastattn")
+        manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+        assert model.config._attn_implementation == CONTINUOUS
+        if TAKES_PREFIX:
+            with pytest.raises(RuntimeError, match="stop the manager first"):
+                model(ids)
+        else:
+            for name, given in calls.items():
+                got, seen = model(ids, **given).logits, given.get("attention_mask", torch.ones_like(ids)).bool()
+                error = (got - wanted[name])[seen].abs().max()
+                assert error <= TOLERANCE * wanted[name].abs().max(), name
+        manager.start()
+        manager.stop()
+        assert model.config._attn_implementation == "fastattn"
+        model(ids)
 
 
 def test_a_manager_that_cannot_be_made_leaves_the_model_alone(model):
