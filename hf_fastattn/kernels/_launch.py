@@ -105,6 +105,11 @@ def layout(tensor: Tensor | None) -> tuple[object, ...] | None:
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
 
+def layout_of_blocks(cache: Tensor) -> tuple[object, ...]:
+    """Return the layout of a cache in blocks, whatever their number: pools grow, and layers may see theirs shifted."""
+    return cache.dtype, cache.shape[1:], cache.stride(), cache.shape[0] > 0
+
+
 @functools.cache
 def device_arch(device: torch.device) -> int:
     """Return the architecture (80, 86, 90, 100) whose launch configs a device takes; warn once about an unknown GPU."""

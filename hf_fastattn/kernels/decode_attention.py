@@ -22,7 +22,7 @@ from ._decode_combine import arrive, combine, first_row, store_out, store_partia
 from ._decode_list import MAX_PIECES, ROWS_AT, own_piece, program_words, range_begin, segment_words
 from ._decode_plan import DecodeConfig, Plan, config, make_plan, pad_dim, supports
 from ._decode_tiles import attend
-from ._launch import Launch, Unsupported, keep, layout
+from ._launch import Launch, Unsupported, keep, layout, layout_of_blocks
 from ._loads import skip_zeros
 from ._softmax import LOG2_E
 
@@ -241,7 +241,8 @@ def launch(
     """
     shared = None if shared_prefixes is None else shared_prefixes.shape
     options = (softmax_scale, window, softcap, batch_invariant, config, num_programs)
-    key = (q.device, layout(q), layout(k), layout(v), layout(block_table), layout(key_mask), shared, *options)
+    layout_kv = layout if block_table is None else layout_of_blocks
+    key = (q.device, layout(q), layout_kv(k), layout_kv(v), layout(block_table), layout(key_mask), shared, *options)
     kinds = (seq_lens is None, None if sinks is None else sinks.dtype)
     call = _kept.get((key, kinds))
     if call is None:

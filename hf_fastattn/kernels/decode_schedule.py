@@ -31,7 +31,7 @@ from ._decode_list import (
     segment_words,
 )
 from ._decode_plan import DecodeConfig, Plan, make_plan, supports
-from ._launch import Launch, Unsupported, keep, layout
+from ._launch import Launch, Unsupported, keep, layout, layout_of_blocks
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -293,7 +293,8 @@ def launch(
     """
     shared = None if shared_prefixes is None else shared_prefixes.shape
     options = (window, batch_invariant, config, num_programs, block)
-    key = (q.device, q.dtype, q.shape, layout(k), v.dtype, v.shape, layout(block_table), seq_lens is None, shared)
+    k_layout, v_shape = (layout(k), v.shape) if block_table is None else (layout_of_blocks(k), v.shape[1:])
+    key = (q.device, q.dtype, q.shape, k_layout, v.dtype, v_shape, layout(block_table), seq_lens is None, shared)
     call = _kept.get((key, options))
     if call is None:
         reason = supports(q, k, v, block_table)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LENGTH_STEP = 128
 """The bound of the lengths is rounded up to these, so that most calls find a launch that is kept."""
 
+FEW = 16
+"""Queries of a sequence up to which tiles of so many are taken: decoding, where reading keys is all that takes time."""
+
 
 def launch(
     q: Tensor,
@@ -42,7 +45,7 @@ def launch(
     """
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     num_seqs = query_starts.shape[0] - 1
-    query_len = -(-max_query_len // LENGTH_STEP) * LENGTH_STEP
+    query_len = -(-max_query_len // LENGTH_STEP) * LENGTH_STEP if max_query_len > FEW else FEW
     layouts = ((x.dtype, x.shape[1:], x.stride()) for x in (q, k, v))
     options = (softmax_scale, causal, window, softcap, config)
     key = (q.device, *layouts, None if sinks is None else sinks.dtype, num_seqs, query_len, *options)
@@ -76,42 +79,58 @@ def _prepare(
     reason = plan.supports(q, k, v, None, softmax_scale)
     if reason is not None:
         raise Unsupported(reason)
-    config = config or choose(device_arch(q.device), q.shape[3], v.shape[3], q.dtype, causal, softcap)
+    if config is None:
+        few = query_len <= FEW
+        config = choose(device_arch(q.device), q.shape[3], v.shape[3], q.dtype, causal, softcap, few=few)
     options = (softmax_scale, causal, window, softcap, config)
     return prepare(q, k, v, None, None, None, None, *options, packed=(num_seqs, query_len))
 
 
 def choose(
-    arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, causal: bool, softcap: float
+    arch: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, causal: bool, softcap: float, *, few: bool = False
 ) -> PrefillConfig:
-    """Return the launch config of a call: that of a dense prefill, whose widest tiles leave no register for starts."""
-    plain = plan.is_plain(0, causal, False, softcap > 0) and max(head_dim, v_head_dim) <= 128
-    return plan.config(arch, head_dim, v_head_dim, dtype, plain=plain)
+    """Return the launch config of a call: that of a dense prefill, whose widest tiles leave no register for starts.
+
+    few: no sequence has more than :data:`FEW` queries.
+    """
+    largest = max(head_dim, v_head_dim)
+    if few and dtype == torch.float32:
+        return PrefillConfig(FEW, 16, 4, 2, split=False)
+    if few:  # as deep as shared memory allows
+        return PrefillConfig(FEW, 64 if largest <= 128 else 32, 4, 4 if arch >= 90 else 3, split=False)
+    return plan.config(
+        arch, head_dim, v_head_dim, dtype, plain=plan.is_plain(0, causal, False, softcap > 0) and largest <= 128
+    )
 
 
 def compile_cases(arch: int) -> "list[CompileCase]":
     """Return the launches whose cost eval/compile_report.py shows for an architecture (80, 86, 90, 100)."""
     return [
         *(_case(arch, torch.bfloat16, size) for size in (64, 128, 256)),
+        *(_case(arch, torch.bfloat16, size, few=True) for size in (64, 128)),
+        _case(arch, torch.bfloat16, 256, softcap=True, few=True),
+        _case(arch, torch.float32, 256, sinks=True, few=True),
         _case(arch, torch.bfloat16, 64, sinks=True),
         _case(arch, torch.bfloat16, 256, softcap=True),
         _case(arch, torch.float32, 128),
     ]
 
 
-def _case(arch: int, dtype: torch.dtype, head_dim: int, *, softcap: bool = False, sinks: bool = False) -> "CompileCase":
+def _case(
+    arch: int, dtype: torch.dtype, head_dim: int, *, softcap: bool = False, sinks: bool = False, few: bool = False
+) -> "CompileCase":
     """Return the case of one causal call: 32 query heads over 8 kv heads."""
     from ._compile import case_from_call  # no launch needs the compiler's tools
 
     meta = functools.partial(torch.empty, device="meta", dtype=dtype)
     q, k, v = meta(4096, 32, head_dim), meta(8192, 8, head_dim), meta(8192, 8, head_dim)
     cap = 30.0 if softcap else 0.0
-    chosen = choose(arch, head_dim, head_dim, dtype, True, cap)
-    call = _prepare(q, k, v, 4, 4096, head_dim**-0.5, True, NO_WINDOW, cap, chosen)
+    chosen = choose(arch, head_dim, head_dim, dtype, True, cap, few=few)
+    call = _prepare(q, k, v, 4, FEW if few else 4096, head_dim**-0.5, True, NO_WINDOW, cap, chosen)
     starts = torch.empty(5, device="meta", dtype=torch.int32)
     tensors = (q, k, v, meta(4096, 32, head_dim), None, None, None, None, meta(32) if sinks else None, starts, starts)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    flags = [flag for flag, on in (("softcap", softcap), ("sinks", sinks)) if on]
+    flags = [flag for flag, on in (("softcap", softcap), ("sinks", sinks), ("few", few)) if on]
     tile_bytes = chosen.BLOCK_N * 2 * plan.tile_dim(head_dim) * dtype.itemsize
     info = {"tile_bytes": tile_bytes, "config": chosen}
     return case_from_call("-".join(["packed", name, f"d{head_dim}", "causal", *flags]), call, tensors, info)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_fastattn.ops.shapes import NO_WINDOW
 
-from ._launch import Launch, Unsupported, device_arch, keep, layout
+from ._launch import Launch, Unsupported, device_arch, keep, layout, layout_of_blocks
 from ._prefill_plan import PrefillConfig, config, is_plain, supports, tile_dim
 from ._prefill_tiles import attend_tiles, skip_hidden
 from ._softmax import LOG2_E, MIN_MAXIMUM
@@ -252,7 +252,9 @@ def launch(
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     tensors = (q, k, v, block_table, seq_lens, query_positions, key_mask)
     options = (softmax_scale, causal, window, softcap, config)
-    key = (q.device, *map(layout, tensors), None if sinks is None else sinks.dtype, *options)
+    layout_kv = layout if block_table is None else layout_of_blocks
+    others = map(layout, (q, block_table, seq_lens, query_positions, key_mask))
+    key = (q.device, layout_kv(k), layout_kv(v), *others, None if sinks is None else sinks.dtype, *options)
     call = _kept.get(key)
     if call is None:
         reason = supports(q, k, v, block_table, softmax_scale)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Launch, Unsupported, keep, layout
+from ._launch import Launch, Unsupported, keep, layout, layout_of_blocks
 
 if TYPE_CHECKING:
     from ._compile import CompileCase
@@ -125,7 +125,8 @@ def launch(
         )
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     tensors = (k, v, k_cache, v_cache, block_table, past_lens, positions)
-    key = (k.device, *map(layout, tensors))
+    caches = (layout_of_blocks(k_cache), layout_of_blocks(v_cache))
+    key = (k.device, *caches, *map(layout, (k, v, block_table, past_lens, positions)))
     call = _kept.get(key)
     if call is None:
         call = keep(_kept, key, _prepare(*tensors))

@@ -151,6 +151,7 @@ PACKED_CHANGES = [
     {"sinks": torch.float16},
     {"sinks": torch.float32},
     {"longest": 300},
+    {"longest": 16},
     {"scale": 0.2},
     {"causal": False},
     {"window": 16},
@@ -265,10 +266,29 @@ def test_a_kept_launch_is_what_triton_would_launch(launched, monkeypatch, module
 
 def test_other_numbers_of_packed_rows_find_the_launch_that_is_kept(launched):
     log, asked = launched
-    for rows, longest in ((300, 200), (301, 129), (260, 256)):
-        packed_attention.launch(*packed(rows=rows, longest=longest))
-    assert len(asked) == 1
-    assert len({str(scalars) for _, scalars, _ in log}) == 1
+    for bounds in ((200, 129, 256), (16, 1, 9)):
+        log.clear()
+        asked.clear()
+        for rows, longest in zip((300, 301, 260), bounds, strict=True):
+            packed_attention.launch(*packed(rows=rows, longest=longest))
+        assert len(asked) == 1
+        assert len({str(grid) for _, grid, _ in log}) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"), [(p.values[1], p.values[2]) for p in CALLS[:2]] + [(store_kv.launch, store)]
+)
+def test_caches_of_more_blocks_find_the_launch_that_is_kept(launched, call, arguments):
+    """Pools grow; in continuous batching every layer sees its blocks from another one on."""
+    _, asked = launched
+    given = list(arguments())
+    call(*given)
+    asked.clear()
+    for i, tensor in enumerate(given):
+        if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[0] == 8:
+            given[i] = torch.zeros(13, *tensor.shape[1:], dtype=tensor.dtype)
+    call(*given)
+    assert not asked
 
 
 def test_an_unaligned_tensor_leaves_what_is_kept_alone(launched):

@@ -74,6 +74,13 @@ CONTINUOUS_FAULTS = [
         "num_seqs, *options)\n    call",
         KEPT,
     ),
+    Fault(
+        "few queries take tiles for many",
+        LAUNCHER,
+        "few = query_len <= FEW",
+        "few = False",
+        ("tests/interpret/test_packed_attention.py", "-k", "few_rows"),
+    ),
     Fault("a launch per number of rows", LAUNCHER, "x.shape[1:], x.stride()", "x.shape, x.stride()", KEPT),
     Fault(
         "new tokens a slot too late",

@@ -89,6 +89,17 @@ def test_a_bound_larger_than_any_length_changes_nothing():
     assert torch.equal(call.check(kernel(TILES)), out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_few_queries_take_few_rows(dtype, monkeypatch):
+    chosen = []
+    choose = packed_attention.choose
+    monkeypatch.setattr(packed_attention, "choose", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
+    packed_attention._kept.clear()
+    for longest, rows in ((1, 16), (16, 16), (17, None)):
+        Packed(((longest, 40), (1, 33), (0, 7)), heads=2, kv_heads=1, dtype=dtype).check(kernel(None))
+        assert (chosen[-1].BLOCK_M == 16) == (rows == 16)
+
+
 def test_starts_and_heads_of_any_stride():
     call = Packed(RAGGED[:3], heads=2)
     out = call.check(kernel(TILES))
