@@ -85,7 +85,7 @@ def fastattn_attention(
             raise ValueError(
                 "sequences packed into one row cannot go into a PagedCache: pass use_cache=False to the model"
             )
-        out = attend_packed(query, key, value, options, kwargs)
+        out = attend_packed(module, query, key, value, options, kwargs)
     elif isinstance(key, Handle) and isinstance(value, Handle) and key.new.dense is None:
         out = _paged_attention(module, query, key.new, attention_mask, options)
     else:

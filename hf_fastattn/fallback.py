@@ -113,6 +113,8 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, optio
         column = options.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    if bias is not None and not bias.is_floating_point():
+        weights = weights.masked_fill(~bias, 0.0)  # a row that is hidden whole
     weights = F.dropout(weights, options.dropout, training=options.dropout > 0.0)
     return torch.matmul(weights, value).transpose(1, 2).contiguous()
 

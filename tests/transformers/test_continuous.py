@@ -1,5 +1,6 @@
 """Continuous batching: generate_batch over the ops gives each request what eager attention gives it alone."""
 
+import copy
 import threading
 from itertools import chain
 from types import SimpleNamespace
@@ -9,8 +10,10 @@ import torch
 from transformers import CompileConfig, DynamicCache
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from hf_fastattn import PagedCache, continuous, paged
+from hf_fastattn import PagedCache, ops, paged
+from hf_fastattn import packed as packed_rows
 from hf_fastattn.continuous import CONTINUOUS, TAKES_PREFIX
+from hf_fastattn.fallback import AttentionOptions
 from hf_fastattn.generate import CACHE_NAME
 from tests.op_calls import Call
 from tests.transformers.continuous_calls import BLOCK_SIZE, NEW, TOLERANCE, check, greedy, prompts, run, sizes
@@ -21,13 +24,13 @@ from tests.transformers.models import FAMILIES, WINDOW, build
 def paths(monkeypatch):
     """Count the layers that read blocks by table and those that read packed states."""
     counts = {"blocks": 0, "packed": 0}
-    for name, function in (("blocks", continuous._attend_blocks), ("packed", continuous.attend_packed)):
+    for name, function in (("blocks", packed_rows._attend_blocks), ("packed", packed_rows._attend_packed)):
 
         def count(*args, name=name, function=function):
             counts[name] += 1
             return function(*args)
 
-        monkeypatch.setattr(continuous, function.__name__, count)
+        monkeypatch.setattr(packed_rows, function.__name__, count)
     return counts
 
 
@@ -50,8 +53,8 @@ def model():
 
 def test_decode_steps_read_blocks_by_table_and_share_a_schedule(model, paths, monkeypatch):
     made = []
-    schedule = continuous.ops.decode_schedule
-    monkeypatch.setattr(continuous.ops, "decode_schedule", lambda *a, **k: made.append(1) or schedule(*a, **k))
+    schedule = ops.decode_schedule
+    monkeypatch.setattr(ops, "decode_schedule", lambda *a, **k: made.append(1) or schedule(*a, **k))
     run(model, prompts((20, 7)), sizes(max_batch_tokens=64))
     layers = model.config.num_hidden_layers
     assert paths == {"packed": layers, "blocks": layers * (NEW - 1)}
@@ -155,9 +158,11 @@ def test_who_else_calls_the_model_meanwhile(model):
         wanted = {name: model(ids, attention_mask=given.get("attention_mask")).logits for name, given in calls.items()}
         model.set_attn_implementation("fastattn")
         manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
-        assert model.config._attn_implementation == CONTINUOUS
+        assert model.config._attn_implementation == (CONTINUOUS if TAKES_PREFIX else "fastattn")
         if TAKES_PREFIX:
-            with pytest.raises(RuntimeError, match="stop the manager first"):
+            with pytest.raises(
+                RuntimeError, match=r"stop the manager first, or call model.set_attn_implementation\('f"
+            ):
                 model(ids)
         else:
             for name, given in calls.items():
@@ -173,6 +178,51 @@ def test_who_else_calls_the_model_meanwhile(model):
 def test_a_manager_that_cannot_be_made_leaves_the_model_alone(model):
     with pytest.raises(AttributeError, match="eos_token_id"):
         model.init_continuous_batching(generation_config=object(), continuous_batching_config=sizes())
+    assert model.config._attn_implementation == "fastattn"
+
+
+def collect(manager, count):
+    results = [manager.get_result(timeout=60) for _ in range(count)]
+    return sorted(results, key=lambda result: result.request_id)
+
+
+def test_a_manager_that_goes_on_when_it_was_told_to_stop(model):
+    """Stopping does not wait, and the model has its own attention again, while requests are finished."""
+    requests = prompts()
+    manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    manager.start()
+    manager.add_requests(requests)
+    manager.stop(block=False, keep_for_next_session=True)  # else transformers may lose its blocks at once
+    assert model.config._attn_implementation == "fastattn"
+    results = collect(manager, len(requests))
+    manager.join(0)
+    check(model, results, requests)
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_two_managers_of_a_model(model, paths):
+    requests = prompts()
+    managers = [
+        model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes()) for _ in range(2)
+    ]
+    assert len({manager.continuous_batching_config.max_blocks_per_request for manager in managers}) == 1
+    for manager in managers:
+        manager.start()
+    for manager in managers:  # the second goes on when the first has stopped
+        paths["blocks"] = 0
+        manager.add_requests(requests)
+        results = collect(manager, len(requests))
+        assert paths["blocks"] > 0
+        manager.stop()
+        check(copy.deepcopy(model), results, requests)
+    assert model.config._attn_implementation == "fastattn"
+
+
+@pytest.mark.skipif(TAKES_PREFIX, reason="with transformers 5.17 a manager that never starts keeps the model")
+def test_a_manager_that_never_starts_changes_nothing(model):
+    model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        run(model, prompts(), sizes(max_batch_tokens=-5))
     assert model.config._attn_implementation == "fastattn"
 
 
@@ -212,6 +262,9 @@ def test_steps_of_two_models_in_one_thread_do_not_mix(model):
     check(model, results["again"], requests)
 
 
+OPTIONS = AttentionOptions(softmax_scale=32**-0.5, causal=True, window=ops.NO_WINDOW, softcap=0.0)
+
+
 class Step:
     """One decode step of continuous batching as its layers see it: sequences over blocks, one query each."""
 
@@ -222,7 +275,7 @@ class Step:
             "cu_seq_lens_k": torch.tensor([0, *lens]).cumsum(0).int(),
         }
         for call in self.calls:
-            call.options["softmax_scale"] = call.q.shape[3] ** -0.5
+            call.options["softmax_scale"] = OPTIONS.softmax_scale
 
     def run(self):
         """Let both layers attend, as one forward pass does; the new tokens are those that the blocks hold."""
@@ -238,16 +291,9 @@ class Step:
                         states[row] = cache[block, (length - 1) % 16]
                         cache[block, (length - 1) % 16] = 7.0  # to be overwritten
                 new.append(states.transpose(0, 1)[None])
-            out, _ = continuous.continuous_attention(
-                SimpleNamespace(layer_idx=layer),
-                call.q.permute(2, 1, 0, 3),
-                *new,
-                None,
-                block_table=call.block_table,
-                k_cache=call.k,
-                v_cache=call.v,
-                **self.given,
-            )
+            caches = {"block_table": call.block_table, "k_cache": call.k, "v_cache": call.v}
+            module, query = SimpleNamespace(layer_idx=layer), call.q.permute(2, 1, 0, 3)
+            out = packed_rows.attend_packed(module, query, *new, OPTIONS, caches | self.given)
             call.compare(out.transpose(0, 1).contiguous())
 
 
@@ -299,6 +345,18 @@ def test_flattened_batches_keep_sequences_apart(family, gradients):
     with torch.no_grad():
         alone = [model(torch.tensor([ids]), use_cache=False).logits[0] for ids in prompts(lengths)]
     wanted = torch.cat(alone)
+    assert (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_rows_of_no_sequence_get_nothing_with_gradients_or_without(family):
+    model = build(family, "fastattn")
+    given = packed((13, 8, 5))
+    given |= {name: given[name][:-1] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    with pytest.warns(RuntimeWarning, match="gradients are needed"):
+        logits = model(**given, use_cache=False).logits
+    with torch.no_grad():
+        wanted = model(**given, use_cache=False).logits
     assert (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 

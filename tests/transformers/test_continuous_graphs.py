@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.generation.continuous_batching import initialization, model_runner
 
-from hf_fastattn import continuous, optimize_linears, paged
+from hf_fastattn import optimize_linears, paged
+from hf_fastattn import packed as packed_rows
 from tests.transformers.continuous_calls import check, prompts, run, sizes
 from tests.transformers.models import build
 
@@ -121,7 +122,7 @@ def test_graphs_with_linear_layers_of_ours(replays):
 @pytest.mark.parametrize("fault", ["lengths", lambda lens: lens.tolist(), lambda lens: bool(lens.max())])
 def test_a_graph_that_bakes_lengths_in_or_waits_would_be_noticed(replays, monkeypatch, caplog, fault):
     model = paged(build("llama", "fastattn"))
-    begin = continuous._Step.begin
+    begin = packed_rows._Step.begin
 
     def spoiled(self, cumulative, num_seqs):
         begin(self, cumulative, num_seqs)
@@ -130,7 +131,7 @@ def test_a_graph_that_bakes_lengths_in_or_waits_would_be_noticed(replays, monkey
         else:
             fault(self.seq_lens)
 
-    monkeypatch.setattr(continuous._Step, "begin", spoiled)
+    monkeypatch.setattr(packed_rows._Step, "begin", spoiled)
     requests = prompts((9, 20, 31))
     with pytest.raises(AssertionError):
         check(model, run(model, requests, sizes(**GRAPHS)), requests)
