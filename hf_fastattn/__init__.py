@@ -12,7 +12,7 @@ from .attention import fastattn_attention
 from .auto import paged, unpaged
 from .block_pool import BlockPoolExhausted
 from .cache import IMPLEMENTATION, PagedCache
-from .continuous import CONTINUOUS, continuous_attention
+from .continuous import CONTINUOUS, TAKES_PREFIX, continuous_attention
 from .generate import generate
 from .leases import release
 from .linear import optimize_linears, restore_linears
@@ -43,4 +43,6 @@ __all__ = [
 AttentionInterface.register(IMPLEMENTATION, fastattn_attention)
 AttentionInterface.register(CONTINUOUS, continuous_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, fastattn_mask)
+if not TAKES_PREFIX:  # 5.17 would ask for a mask of packed rows
+    AttentionMaskInterface.register(CONTINUOUS, fastattn_mask)
 auto.register()

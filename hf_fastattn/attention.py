@@ -43,7 +43,8 @@ def fastattn_attention(
         module: the attention module; its ``is_causal`` holds unless the argument is given.
         query: (batch_size, num_heads, query_len, head_dim).
         key, value: (batch_size, num_kv_heads, columns, head_dim), or the handles of a PagedCache.
-        attention_mask: what :func:`hf_fastattn.masks.fastattn_mask` returned, or a user's own 4-D mask.
+        attention_mask: what :func:`hf_fastattn.masks.fastattn_mask` returned, or a user's own 4-D mask. Not read where
+            sequences are packed (see :mod:`.packed`), unless it is additive.
         dropout: probability, non-zero in training only.
         scaling: softmax scale, head_dim ** -0.5 by default.
         sliding_window: tokens a query sees, its own included.
@@ -59,7 +60,7 @@ def fastattn_attention(
     if kwargs.get("output_attentions"):
         warn_once("fastattn never computes attention weights: output_attentions returns None")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    packed = is_packed(kwargs)
+    packed = is_packed(kwargs) and (attention_mask is None or not attention_mask.is_floating_point())
     if attention_mask is None and isinstance(key, Tensor) and isinstance(value, Tensor) and not packed:
         plain = not (dropout or sliding_window or softcap) and s_aux is position_bias is None
         out = ops.decode_at_once(query, key, value, scale) if plain else None

@@ -47,6 +47,8 @@ def attend_packed(
         raise ValueError(
             f"cu_seq_lens_q says where sequences begin that are packed into one row, got {query.shape[0]} rows"
         )
+    if given["cu_seq_lens_q"].dim() != 1:
+        raise ValueError(f"expected cu_seq_lens_q (num_seqs + 1,), got {tuple(given['cu_seq_lens_q'].shape)}")
     if given.get("cache") is not None:
         given = dict(given)
         key, value = _update(module, key, value, given)
@@ -127,7 +129,7 @@ def _attend_blocks(
     if module.layer_idx <= _step.layer or _step.source is not given["cu_seq_lens_q"]:
         _step.begin(given["cu_seq_lens_k"].to(torch.int32), query.shape[2])
     _step.layer, _step.source = module.layer_idx, given["cu_seq_lens_q"]
-    query, key, value = (x.permute(2, 1, 0, 3) for x in (query, key, value))  # a sequence per token
+    query, key, value = (x.permute(2, 1, 0, 3).to(k_cache.dtype) for x in (query, key, value))  # a sequence per token
     tables: dict[str, Any] = {"block_table": block_table, "seq_lens": _step.seq_lens}
     ops.store_kv(key, value, k_cache, v_cache, block_table, _step.seq_lens, positions=_step.positions)
     kind = (block_table.data_ptr(), *query.shape, value.shape[3], options.window)

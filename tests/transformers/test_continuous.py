@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
-from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers import CLIPVisionConfig, CompileConfig, DynamicCache, LlamaConfig, LlavaConfig
+from transformers.generation.continuous_batching import PagedAttentionCache, initialization
 
 from hf_fastattn import PagedCache, ops, paged
 from hf_fastattn import packed as packed_rows
-from hf_fastattn.continuous import CONTINUOUS, TAKES_PREFIX
+from hf_fastattn.continuous import CONTINUOUS, TAKES_PREFIX, _as_flash
 from hf_fastattn.fallback import AttentionOptions
 from hf_fastattn.generate import CACHE_NAME
 from tests.op_calls import Call
@@ -218,6 +218,70 @@ def test_two_managers_of_a_model(model, paths):
     assert model.config._attn_implementation == "fastattn"
 
 
+@pytest.mark.skipif(TAKES_PREFIX, reason="transformers 5.17 tells nobody of masks meanwhile")
+def test_others_call_the_model_while_a_manager_is_made(model, monkeypatch):
+    ids, mask = torch.tensor(prompts((7, 7))), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    seen = []
+
+    def make(*args, **kwargs):
+        with torch.no_grad():
+            seen.append((model.config._attn_implementation, model(ids, attention_mask=mask).logits))
+        raise KeyError
+
+    monkeypatch.setattr(initialization, "resolve_compile_configs", make)
+    with pytest.raises(KeyError):
+        model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    [(name, logits)] = seen
+    assert name == CONTINUOUS
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+    assert torch.equal(logits[mask.bool()], wanted[mask.bool()])
+
+
+def test_a_manager_that_was_made_under_another_attention(model):
+    """It sends masks, which are obeyed."""
+    requests = prompts()
+    model.set_attn_implementation("sdpa")
+    manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    model.set_attn_implementation("fastattn")
+    if TAKES_PREFIX:
+        pytest.skip("transformers 5.17 leaves it to the attention to update its cache")
+    manager.start()
+    manager.add_requests(requests)
+    results = collect(manager, len(requests))
+    manager.stop()
+    check(model, results, requests)
+
+
+def test_a_manager_that_is_made_in_inference_mode(model):
+    requests = prompts()
+    with torch.inference_mode():
+        manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    manager.start()
+    manager.add_requests(requests)
+    results = collect(manager, len(requests))
+    manager.stop()
+    check(model, results, requests)
+
+
+def test_parts_of_a_model_keep_their_attention():
+    text = LlamaConfig(attn_implementation="fastattn")
+    whole = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig())
+    whole._attn_implementation = {"": "fastattn", "text_config": "fastattn", "vision_config": "sdpa"}
+    with _as_flash(whole):
+        assert whole._attn_implementation == whole.text_config._attn_implementation == CONTINUOUS
+        assert whole.vision_config._attn_implementation == "sdpa"
+    assert whole._attn_implementation == whole.text_config._attn_implementation == "fastattn"
+    assert whole.vision_config._attn_implementation == "sdpa"
+
+
+def test_a_config_that_is_no_config_is_passed_over(model):
+    generation = greedy()
+    generation.continuous_batching_config = {"max_batch_tokens": 24}
+    manager = model.init_continuous_batching(generation_config=generation, workload_hints=None)
+    assert manager.continuous_batching_config.max_batch_tokens != 24
+
+
 @pytest.mark.skipif(TAKES_PREFIX, reason="with transformers 5.17 a manager that never starts keeps the model")
 def test_a_manager_that_never_starts_changes_nothing(model):
     model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
@@ -401,6 +465,8 @@ def test_packed_rows_and_caches_that_refuse_them(model):
     given = packed((4, 3))
     with pytest.raises(ValueError, match="cannot go into a PagedCache: pass use_cache=False"):
         model(**given, **{CACHE_NAME: PagedCache(model.config)})
+    with pytest.raises(ValueError, match=r"expected cu_seq_lens_q \(num_seqs \+ 1,\), got \(1, 3\)"):
+        model(**given | {"cu_seq_lens_q": given["cu_seq_lens_q"][None]}, use_cache=False)
     given["input_ids"] = given["input_ids"].repeat(2, 1)
     with pytest.raises(ValueError, match="packed into one row, got 2 rows"):
         model(**given, use_cache=False)
