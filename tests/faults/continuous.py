@@ -127,8 +127,8 @@ CONTINUOUS_FAULTS = [
     Fault(
         "a model that could not get its manager is lost",
         GLUE,
-        "    finally:\n        config._attn_implementation = IMPLEMENTATION\n",
-        "    finally:\n        config._attn_implementation = config._attn_implementation if 1 / 1 else 0\n",
+        "    finally:\n        _name(config, IMPLEMENTATION)\n",
+        "    finally:\n        pass\n",
         (f"{TESTS}::test_a_manager_that_cannot_be_made_leaves_the_model_alone",),
     ),
     Fault(
@@ -141,7 +141,7 @@ CONTINUOUS_FAULTS = [
     Fault(
         "managers are taken for those of an attention with masks",
         GLUE,
-        "    config._attn_implementation = CONTINUOUS\n    try:",
+        "    _name(config, CONTINUOUS)\n    try:",
         "    try:",
         (f"{TESTS}::test_two_managers_of_a_model",),
     ),
@@ -179,6 +179,41 @@ CONTINUOUS_FAULTS = [
         "if model.config._attn_implementation not in (IMPLEMENTATION, CONTINUOUS):",
         "if False:",
         (f"{TESTS}::test_other_implementations_are_transformers_own",),
+    ),
+    Fault(
+        "others lose their masks while a manager is made",
+        "hf_fastattn/__init__.py",
+        "if not TAKES_PREFIX:",
+        "if TAKES_PREFIX:",
+        (f"{TESTS}::test_others_call_the_model_while_a_manager_is_made",),
+    ),
+    Fault(
+        "the masks of another attention's manager are not read",
+        ATTENTION,
+        "(attention_mask is None or not attention_mask.is_floating_point())",
+        "True",
+        (f"{TESTS}::test_a_manager_that_was_made_under_another_attention",),
+    ),
+    Fault(
+        "a cache that only inference mode may write",
+        GLUE,
+        "with torch.inference_mode(False):",
+        "if True:",
+        (f"{TESTS}::test_a_manager_that_is_made_in_inference_mode",),
+    ),
+    Fault(
+        "all parts of a model are renamed",
+        GLUE,
+        'each._attn_implementation = {"": name}',
+        "each._attn_implementation = name",
+        (f"{TESTS}::test_parts_of_a_model_keep_their_attention",),
+    ),
+    Fault(
+        "anything is taken for a config of continuous batching",
+        GLUE,
+        "found if isinstance(found, ContinuousBatchingConfig) else None",
+        "found",
+        (f"{TESTS}::test_a_config_that_is_no_config_is_passed_over",),
     ),
     Fault(
         "several packed rows",

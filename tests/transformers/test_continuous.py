@@ -243,6 +243,7 @@ def test_a_manager_that_was_made_under_another_attention(model):
     requests = prompts()
     model.set_attn_implementation("sdpa")
     manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=sizes())
+    manager.warmup()
     model.set_attn_implementation("fastattn")
     if TAKES_PREFIX:
         pytest.skip("transformers 5.17 leaves it to the attention to update its cache")
