@@ -90,7 +90,7 @@ def test_the_attention_asked_for_computes(models):
         continuous.call(model, combo, CELL, prompts)
         [name] = seen
         assert combo.split("/")[0] in name
-        assert ("flash" in name) == (combo == BATCH)
+        assert "flash_attention" not in name
     hook.remove()
 
 
@@ -130,13 +130,13 @@ def test_wrong_log_probabilities_are_found_though_tokens_are_equal(models, fault
 
 
 def test_a_wrong_implementation_is_flagged_and_not_timed(models, monkeypatch):
-    name = hf_fastattn.continuous.CONTINUOUS
-    right = AttentionInterface._global_mapping[name]
+    right = hf_fastattn.attention.fastattn_attention
 
     def scaled_wrong(*args, scaling, **kwargs):
         return right(*args, scaling=scaling * 1.03, **kwargs)
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, name, scaled_wrong)
+    for name in (hf_fastattn.IMPLEMENTATION, hf_fastattn.continuous.CONTINUOUS):
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, scaled_wrong)
     rows = continuous.measure_cell(*models, [BATCH], CELL, rounds=1)
     assert [row["status"] for row in rows] == ["ok", "WRONG"]
     assert rows[1]["error"] > 100 * rows[1]["eager_error"]
