@@ -11,7 +11,8 @@ gives the cache, read_index and write_index.
 """
 
 import threading
-from collections.abc import Hashable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class _Step(threading.local):
     """What the layers of one decode step share: lengths, and who reads which keys."""
 
     layer = -1
-    source: Tensor | None = None
+    source: Callable[[], Tensor | None] = staticmethod(lambda: None)  # weakly, as managers own it
     seq_lens: Tensor
     positions: Tensor
     schedules: dict[Hashable, Any]
@@ -126,9 +127,10 @@ def _attend_blocks(
 ) -> Tensor:
     """Store one token of each request in its blocks, and attend to them."""
     block_table, k_cache, v_cache = given["block_table"], given["k_cache"], given["v_cache"]
-    if module.layer_idx <= _step.layer or _step.source is not given["cu_seq_lens_q"]:
+    if module.layer_idx <= _step.layer or _step.source() is not given["cu_seq_lens_q"]:
         _step.begin(given["cu_seq_lens_k"].to(torch.int32), query.shape[2])
-    _step.layer, _step.source = module.layer_idx, given["cu_seq_lens_q"]
+        _step.source = weakref.ref(given["cu_seq_lens_q"])
+    _step.layer = module.layer_idx
     query, key, value = (x.permute(2, 1, 0, 3).to(k_cache.dtype) for x in (query, key, value))  # a sequence per token
     tables: dict[str, Any] = {"block_table": block_table, "seq_lens": _step.seq_lens}
     ops.store_kv(key, value, k_cache, v_cache, block_table, _step.seq_lens, positions=_step.positions)

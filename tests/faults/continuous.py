@@ -99,8 +99,8 @@ CONTINUOUS_FAULTS = [
     Fault(
         "a step behind one that failed takes its lengths",
         PACKED,
-        "module.layer_idx <= _step.layer or _step.source is not",
-        "module.layer_idx < _step.layer - 9 or _step.source is",
+        "module.layer_idx <= _step.layer or _step.source() is not",
+        "module.layer_idx < _step.layer - 9 or _step.source() is",
         (f"{TESTS}::test_a_step_behind_one_that_failed",),
     ),
     Fault(

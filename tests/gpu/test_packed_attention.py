@@ -10,19 +10,6 @@ LENGTHS = {"cuda": ((1, 3000), (0, 70), (700, 700), (130, 1500), (1, 1), (0, 0),
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-        "cpu",
-    ]
-)
-def device(request):
-    return request.param
-
-
 def on(device, **layout):
     """Return a call on a device."""
     call = Packed(LENGTHS[device], **layout)

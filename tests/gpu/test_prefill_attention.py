@@ -13,19 +13,6 @@ SIZES = {"cuda": (517, 1500), "cpu": (20, 40)}
 """query_len and seq_len of a test, by device."""
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-        "cpu",
-    ]
-)
-def device(request):
-    return request.param
-
-
 def random(device, *shape, dtype):
     return torch.randn(*shape, device=device).to(dtype)
 

@@ -9,19 +9,6 @@ import torch
 from hf_fastattn import ops, reference
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
-        "cpu",
-    ]
-)
-def device(request):
-    return request.param
-
-
 def check(device, dtype, query_len, past, block_size, heads=8, head_dim=128, v_head_dim=128, positions=None):
     """K is (seq, token, head) in memory, V (seq, head, token); the caches' slots without a token keep their value."""
     torch.manual_seed(0)
