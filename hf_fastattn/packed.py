@@ -73,7 +73,7 @@ def _attend_packed(
         *(x[0].transpose(0, 1) for x in (query, key, value)),
         query_starts=query_starts,
         key_starts=key_starts,
-        max_query_len=query.shape[2] if longest is None else int(longest),
+        max_query_len=longest if isinstance(longest, int) else query.shape[2],  # no wait for a number on the device
         **options.prefill(),
     )
     return out[None]

@@ -131,7 +131,6 @@ def packed_attention(
     for seq in range(query_starts.shape[0] - 1):
         rows = slice(int(query_starts[seq]), int(query_starts[seq + 1]))
         columns = slice(int(key_starts[seq]), int(key_starts[seq + 1]))
-        assert rows.stop - rows.start <= max_query_len
         one = (x.transpose(0, 1)[None] for x in (q[rows], k[columns], v[columns]))
         out[rows] = prefill_attention(
             *one, softmax_scale=softmax_scale, sinks=sinks, causal=causal, window=window, softcap=softcap

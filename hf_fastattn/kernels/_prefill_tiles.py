@@ -118,3 +118,26 @@ def skip_hidden(key_mask_ptr, stride_mask_token, start, stop, k_end, BLOCK_N: tl
         hidden = (tl.max(shown.to(tl.int32), 0) == 0).to(tl.int32)
         tile += hidden
     return tile
+
+
+@triton.jit
+def find_sequence(starts_ptr, tile, num_seqs, BLOCK_M: tl.constexpr):
+    """Return the sequence that a tile of packed queries belongs to, and the first tile of that sequence.
+
+    The tiles of all sequences are one list, in which sequence i begins at ``(starts[i] - starts[0]) // BLOCK_M + i``:
+    that leaves each at least ``ceil(length / BLOCK_M)`` of them, so that ``num_queries // BLOCK_M + num_seqs`` tiles
+    are enough whatever the lengths, and a tile finds its sequence by bisection. A tile more than a sequence needs, and
+    those behind the last, have no queries.
+
+    starts: (num_seqs + 1,) int32, not falling; num_seqs at least 1.
+    """
+    start = tl.load(starts_ptr)
+    sequence = tl.full([], 0, tl.int32)  # its first tile is this one or before it
+    behind = num_seqs  # its first tile, or the end of the list, is behind this one
+    while behind - sequence > 1:
+        middle = (sequence + behind) // 2
+        is_behind = (tl.load(starts_ptr + middle) - start) // BLOCK_M + middle > tile
+        behind = tl.where(is_behind, middle, behind)
+        sequence = tl.where(is_behind, sequence, middle)
+    first_tile = (tl.load(starts_ptr + sequence) - start) // BLOCK_M + sequence
+    return sequence, first_tile

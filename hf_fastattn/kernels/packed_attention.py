@@ -16,11 +16,11 @@ from .prefill_attention import prepare
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-LENGTH_STEP = 128
-"""The bound of the lengths is rounded up to these, so that most calls find a launch that is kept."""
-
 FEW = 16
 """Queries of a sequence up to which tiles of so many are taken: decoding, where reading keys is all that takes time."""
+
+ROWS_STEP = 256
+"""The number of rows is rounded up to these, so that most calls find a launch that is kept."""
 
 
 def launch(
@@ -45,15 +45,16 @@ def launch(
     """
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     num_seqs = query_starts.shape[0] - 1
-    query_len = -(-max_query_len // LENGTH_STEP) * LENGTH_STEP if max_query_len > FEW else FEW
+    few = max_query_len <= FEW or q.shape[0] <= num_seqs  # graphs of continuous batching are made for any lengths
+    num_rows = -(-q.shape[0] // ROWS_STEP) * ROWS_STEP
     layouts = ((x.dtype, x.shape[1:], x.stride()) for x in (q, k, v))
     options = (softmax_scale, causal, window, softcap, config)
-    key = (q.device, *layouts, None if sinks is None else sinks.dtype, num_seqs, query_len, *options)
+    key = (q.device, *layouts, None if sinks is None else sinks.dtype, num_seqs, num_rows, few, *options)
     call = _kept.get(key)
     if call is None:
-        call = keep(_kept, key, _prepare(q, k, v, num_seqs, query_len, *options))
+        call = keep(_kept, key, _prepare(q, k, v, num_seqs, num_rows, few, *options))
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    if out.numel() and k.shape[0] and num_seqs and max_query_len:
+    if out.numel() and k.shape[0] and num_seqs:
         starts = (query_starts.contiguous(), key_starts.contiguous())
         call(q, k, v, out, None, None, None, None, None if sinks is None else sinks.contiguous(), *starts)
     return out
@@ -67,7 +68,8 @@ def _prepare(
     k: Tensor,
     v: Tensor,
     num_seqs: int,
-    query_len: int,
+    num_rows: int,
+    few: bool,
     softmax_scale: float,
     causal: bool,
     window: int,
@@ -80,10 +82,9 @@ def _prepare(
     if reason is not None:
         raise Unsupported(reason)
     if config is None:
-        few = query_len <= FEW
         config = choose(device_arch(q.device), q.shape[3], v.shape[3], q.dtype, causal, softcap, few=few)
     options = (softmax_scale, causal, window, softcap, config)
-    return prepare(q, k, v, None, None, None, None, *options, packed=(num_seqs, query_len))
+    return prepare(q, k, v, None, None, None, None, *options, packed=(num_seqs, num_rows))
 
 
 def choose(
@@ -91,7 +92,7 @@ def choose(
 ) -> PrefillConfig:
     """Return the launch config of a call: that of a dense prefill, whose widest tiles leave no register for starts.
 
-    few: no sequence has more than :data:`FEW` queries.
+    few: no sequence has more than :data:`FEW` queries, or most have none or one.
     """
     largest = max(head_dim, v_head_dim)
     if few and dtype == torch.float32:
@@ -126,7 +127,7 @@ def _case(
     q, k, v = meta(4096, 32, head_dim), meta(8192, 8, head_dim), meta(8192, 8, head_dim)
     cap = 30.0 if softcap else 0.0
     chosen = choose(arch, head_dim, head_dim, dtype, True, cap, few=few)
-    call = _prepare(q, k, v, 4, FEW if few else 4096, head_dim**-0.5, True, NO_WINDOW, cap, chosen)
+    call = _prepare(q, k, v, 4, 4096, few, head_dim**-0.5, True, NO_WINDOW, cap, chosen)
     starts = torch.empty(5, device="meta", dtype=torch.int32)
     tensors = (q, k, v, meta(4096, 32, head_dim), None, None, None, None, meta(32) if sinks else None, starts, starts)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

@@ -18,7 +18,7 @@ from hf_fastattn.ops.shapes import NO_WINDOW
 
 from ._launch import Launch, Unsupported, device_arch, keep, layout, layout_of_blocks
 from ._prefill_plan import PrefillConfig, config, is_plain, supports, tile_dim
-from ._prefill_tiles import attend_tiles, skip_hidden
+from ._prefill_tiles import attend_tiles, find_sequence, skip_hidden
 from ._softmax import LOG2_E, MIN_MAXIMUM
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FAR = tl.constexpr(2**30)
         "stride_table_seq",
         "stride_pos_seq",
         "stride_mask_seq",
+        "num_seqs",
     ]
 )
 def prefill_attention_kernel(
@@ -77,6 +78,7 @@ def prefill_attention_kernel(
     stride_pos_token,
     stride_mask_seq,
     stride_mask_token,
+    num_seqs,
     NUM_KV_HEADS: tl.constexpr,
     QUERIES_PER_KV: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -91,7 +93,7 @@ def prefill_attention_kernel(
     SPLIT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Attend BLOCK_M queries of one head; grid (num_query_tiles * num_heads * num_seqs,).
+    """Attend BLOCK_M queries of one head; grid (num_query_tiles * num_heads * num_seqs,), packed without num_seqs.
 
     The query tiles of the heads that share K and V are neighbours, last tile first: they meet in the cache, and when
     causal the programs with the most work start first.
@@ -99,8 +101,8 @@ def prefill_attention_kernel(
     q (num_seqs, heads, query_len, HEAD_DIM), out (num_seqs, query_len, heads, V_HEAD_DIM). k, v: KV_BLOCK_SIZE 0 is
     dense, (num_seqs, kv heads, seq_len, dim) with stride_k_block the stride of a sequence; otherwise (num_blocks,
     KV_BLOCK_SIZE, kv heads, dim). table, seq_lens, positions, key_mask (uint8) and sinks as in the op, None if absent.
-    query_starts, key_starts: the sequences lie one behind the other in q, k, v and out, whose strides of a sequence are
-    0; query_len bounds their queries and seq_len is not read.
+    query_starts, key_starts: the sequences are packed, one behind the other, in q, k, v and out, whose strides of a
+    sequence are 0. num_query_tiles are enough for all of them then (find_sequence); query_len and seq_len are not read.
 
     Loop-carried: acc [BLOCK_M, BLOCK_DV], m_i and l_i [BLOCK_M], fp32, exp2 domain. scale and cap_log2: logits times
     log2(e) are ``scores * scale``, or with SOFTCAP ``tanh(scores * scale / (2 log2(e))) * cap_log2``; both positive.
@@ -113,7 +115,12 @@ def prefill_attention_kernel(
     kv_head = pid // (num_query_tiles * QUERIES_PER_KV) % NUM_KV_HEADS
     seq = (pid // (num_query_tiles * QUERIES_PER_KV) // NUM_KV_HEADS).to(tl.int64)
     head = kv_head * QUERIES_PER_KV + of_kv_head % QUERIES_PER_KV
-    first_row = (num_query_tiles - 1 - of_kv_head // QUERIES_PER_KV) * BLOCK_M
+    tile = num_query_tiles - 1 - of_kv_head // QUERIES_PER_KV
+    first_row = tile * BLOCK_M
+    if query_starts_ptr is not None:
+        sequence, first_tile = find_sequence(query_starts_ptr, tile, num_seqs, BLOCK_M)
+        seq = sequence.to(tl.int64)
+        first_row = (tile - first_tile) * BLOCK_M
 
     k_ptr += kv_head.to(tl.int64) * stride_k_head
     v_ptr += kv_head.to(tl.int64) * stride_v_head
@@ -129,7 +136,7 @@ def prefill_attention_kernel(
         query_start, key_start = tl.load(query_starts_ptr + seq), tl.load(key_starts_ptr + seq)
         query_len = tl.load(query_starts_ptr + seq + 1) - query_start
         seq_len = tl.load(key_starts_ptr + seq + 1) - key_start
-        seq_len = tl.where(first_row < query_len, seq_len, 0)  # a tile behind the last query has no keys to read
+        seq_len = tl.where(first_row < query_len, seq_len, 0)  # a tile without queries has no keys to read
         q_ptr += query_start.to(tl.int64) * stride_q_token
         k_ptr += key_start.to(tl.int64) * stride_k_token
         v_ptr += key_start.to(tl.int64) * stride_v_token
@@ -294,7 +301,8 @@ def prepare(
 ) -> Launch:
     """Return the launch of a call by the layout of its tensors.
 
-    packed: the sequences that lie one behind the other in q, k and v of batch size 1, and most queries of one.
+    packed: the number of sequences that lie one behind the other in q, k and v of batch size 1, and of rows that they
+    lie in, which is at least those of q.
     """
     num_heads, head_dim, v_head_dim = q.shape[1], q.shape[3], v.shape[3]
     num_seqs, query_len = packed or (q.shape[0], q.shape[2])
@@ -307,7 +315,7 @@ def prepare(
     if config is None:
         plain = is_plain(block_size, causal, key_mask is not None, softcap > 0)
         config = _config(device_arch(q.device), head_dim, v_head_dim, q.dtype, plain=plain)
-    num_query_tiles = triton.cdiv(query_len, config.BLOCK_M)
+    num_query_tiles = query_len // config.BLOCK_M + num_seqs if packed else triton.cdiv(query_len, config.BLOCK_M)
     seq_strides = (q.stride(0), k_strides[0], v_strides[0], query_len * num_heads * v_head_dim)
     q_seq, k_seq, v_seq, out_seq = (0, 0, 0, 0) if packed else seq_strides
     scalars = (
@@ -319,6 +327,7 @@ def prepare(
         0 if seq_lens is None else seq_lens.stride(0),
         *((0, 0) if query_positions is None else query_positions.stride()),
         *((0, 0) if key_mask is None else key_mask.stride()),
+        num_seqs,
     )
     constants = {
         "NUM_KV_HEADS": num_kv_heads,
@@ -336,7 +345,7 @@ def prepare(
         "ASM": not triton.knobs.runtime.interpret and torch.version.hip is None,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (num_query_tiles * num_heads * num_seqs,)
+    grid = (num_query_tiles * num_heads * (1 if packed else num_seqs),)
     return Launch(q.device, prefill_attention_kernel, grid, scalars, constants, options)
 
 

@@ -1,8 +1,9 @@
 """packed_attention: exact attention for sequences that lie one behind the other, without padding ("varlen").
 
 Sources: FlashAttention-2's tiles, see :mod:`.prefill_attention`, whose kernel this is too; the layout is that of
-flash-attn's varlen functions. The one decision: where sequences begin is read on the device; the host knows only a
-bound of their lengths, because the grid follows from it.
+flash-attn's varlen functions. The one decision: the tiles of all sequences are one list, as long as so many sequences
+of so many rows can need, and each finds its sequence on the device. So the grid follows from shapes alone, and a CUDA
+graph can be replayed over any lengths without programs for the longest of all in every sequence.
 """
 
 import itertools
@@ -41,8 +42,7 @@ def packed_attention(
         query_starts: (num_seqs + 1,) int32, not falling: the queries of sequence i are the rows query_starts[i] to
             query_starts[i + 1] - 1 of q, none if the two are equal. Rows of no sequence give 0.
         key_starts: (num_seqs + 1,) int32, the same for k and v.
-        max_query_len: at least the most queries of a sequence; what lies beyond in a longer one is not computed on a
-            GPU, and raises on a CPU.
+        max_query_len: most queries of a sequence. Tiles have few rows where it is small; results do not depend on it.
         softmax_scale: factor on q @ k, usually ``head_dim ** -0.5``.
         sinks: (num_heads,) a learned logit per head that takes part in the softmax and has no value (gpt-oss).
         causal: False lets every query see every key of its sequence; window is ignored then.
@@ -56,7 +56,7 @@ def packed_attention(
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not belong together; on a CPU, starts that fall or lie beyond
-            the rows, or more than max_query_len queries.
+            the rows.
 
     Oracle: :func:`hf_fastattn.reference.packed_attention`; tests: tests/test_packed.py,
     tests/interpret/test_packed_attention.py.
@@ -72,7 +72,7 @@ def _torch_packed_attention(
     query_starts: Tensor,
     key_starts: Tensor,
     sinks: Tensor | None,
-    max_query_len: int,
+    _max_query_len: int,
     softmax_scale: float,
     causal: bool,
     window: int,
@@ -80,9 +80,6 @@ def _torch_packed_attention(
 ) -> Tensor:
     queries = _ranges(query_starts, q.shape[0], "query_starts")
     keys = _ranges(key_starts, k.shape[0], "key_starts")
-    longest = max((rows.stop - rows.start for rows in queries), default=0)
-    if longest > max_query_len:
-        raise ValueError(f"a sequence has {longest} queries, more than max_query_len, {max_query_len}")
     out = q.new_zeros(*q.shape[:2], v.shape[2])
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "causal": causal, "window": window, "softcap": softcap}

@@ -150,7 +150,7 @@ PACKED_CHANGES = [
     {"unaligned": True},
     {"sinks": torch.float16},
     {"sinks": torch.float32},
-    {"longest": 300},
+    {"rows": 600},
     {"longest": 16},
     {"scale": 0.2},
     {"causal": False},
@@ -269,10 +269,18 @@ def test_other_numbers_of_packed_rows_find_the_launch_that_is_kept(launched):
     for bounds in ((200, 129, 256), (16, 1, 9)):
         log.clear()
         asked.clear()
-        for rows, longest in zip((300, 301, 260), bounds, strict=True):
+        for rows, longest in zip((300, 512, 260), bounds, strict=True):
             packed_attention.launch(*packed(rows=rows, longest=longest))
         assert len(asked) == 1
         assert len({str(grid) for _, grid, _ in log}) == 1
+
+
+def test_the_grid_of_packed_rows_is_their_tiles_and_one_a_sequence(launched):
+    """As CUDA graphs of continuous batching are padded: all queries might be those of one sequence, or of 1024."""
+    log, _ = launched
+    packed_attention.launch(*packed(num_seqs=1024, rows=8192, longest=8192, heads=32, dim=128))
+    (_, grid, _) = log[0]
+    assert grid[0] <= 32 * (8192 // 64 + 1024)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ KERNEL = "hf_fastattn/kernels/prefill_attention.py"
 LAUNCHER = "hf_fastattn/kernels/packed_attention.py"
 
 TESTS = "tests/transformers/test_continuous.py"
-OP_TESTS = ("tests/test_packed.py", "-k", "ragged or beyond or belong or nothing")
+OP_TESTS = ("tests/test_packed.py", "-k", "ragged or belong or nothing")
+TILES = "hf_fastattn/kernels/_prefill_tiles.py"
+EDGES = ("tests/interpret/test_packed_attention.py", "-k", "where_tiles_do")
 KERNEL_TESTS = ("tests/interpret/test_packed_attention.py", "-k", "ragged or stride or nothing")
 KEPT = ("tests/compile/test_kept_launches.py", "-k", "packed")
 
 CONTINUOUS_FAULTS = [
-    Fault("a longer sequence is cut off", OP, "longest > max_query_len:", "longest > max_query_len + 1:", OP_TESTS),
     Fault("starts may fall", OP, "any(a > b for a, b in", "any(a > b + 99 for a, b in", OP_TESTS),
     Fault("starts beyond the rows", OP, "edges[-1] > size", "edges[-1] > size + 999", OP_TESTS),
     Fault(
@@ -36,7 +37,7 @@ CONTINUOUS_FAULTS = [
         "kernel: results of another sequence",
         KERNEL,
         "out_ptr += query_start.to(tl.int64)",
-        "out_ptr += key_start.to(tl.int64)",
+        "out_ptr += seq",
         KERNEL_TESTS,
     ),
     Fault(
@@ -63,25 +64,82 @@ CONTINUOUS_FAULTS = [
     Fault(
         "a launch is kept for other numbers of sequences",
         LAUNCHER,
-        "num_seqs, query_len, *options)\n    call",
-        "query_len, *options)\n    call",
+        "num_seqs, num_rows, few, *options)\n    call",
+        "num_rows, few, *options)\n    call",
         KEPT,
     ),
     Fault(
-        "a launch is kept for longer sequences",
+        "a launch is kept for more rows",
         LAUNCHER,
-        "num_seqs, query_len, *options)\n    call",
-        "num_seqs, *options)\n    call",
+        "num_seqs, num_rows, few, *options)\n    call",
+        "num_seqs, few, *options)\n    call",
+        KEPT,
+    ),
+    Fault(
+        "a launch is kept for more queries of a sequence",
+        LAUNCHER,
+        "num_seqs, num_rows, few, *options)\n    call",
+        "num_seqs, num_rows, *options)\n    call",
         KEPT,
     ),
     Fault(
         "few queries take tiles for many",
         LAUNCHER,
-        "few = query_len <= FEW",
-        "few = False",
+        "few = max_query_len <= FEW or",
+        "few =",
         ("tests/interpret/test_packed_attention.py", "-k", "few_rows"),
     ),
-    Fault("a launch per number of rows", LAUNCHER, "x.shape[1:], x.stride()", "x.shape, x.stride()", KEPT),
+    Fault(
+        "a graph's decoding takes tiles for prompts",
+        LAUNCHER,
+        "or q.shape[0] <= num_seqs",
+        "",
+        ("tests/interpret/test_packed_attention.py", "-k", "few_rows"),
+    ),
+    Fault("a launch per number of rows (layout)", LAUNCHER, "x.shape[1:], x.stride()", "x.shape, x.stride()", KEPT),
+    Fault("a launch per number of rows", LAUNCHER, "// ROWS_STEP) * ROWS_STEP", "// 1) * 1", KEPT),
+    Fault(
+        "kernel: tiles enough only for whole ones",
+        KERNEL,
+        "query_len // config.BLOCK_M + num_seqs if packed",
+        "query_len // config.BLOCK_M + 1 if packed",
+        EDGES,
+    ),
+    Fault(
+        "a grid for the longest sequence in every sequence",
+        KERNEL,
+        "(1 if packed else num_seqs)",
+        "num_seqs",
+        ("tests/compile/test_kept_launches.py", "-k", "grid"),
+    ),
+    Fault(
+        "kernel: a sequence's tiles begin a tile too early",
+        TILES,
+        "first_tile = (tl.load(starts_ptr + sequence) - start) // BLOCK_M + sequence",
+        "first_tile = (tl.load(starts_ptr + sequence) - start) // BLOCK_M + sequence - 1",
+        EDGES,
+    ),
+    Fault(
+        "kernel: a sequence is found a tile too late",
+        TILES,
+        "// BLOCK_M + middle > tile",
+        "// BLOCK_M + middle >= tile",
+        EDGES,
+    ),
+    Fault(
+        "kernel: the rows before the first sequence take its tiles",
+        TILES,
+        "    start = tl.load(starts_ptr)\n",
+        "    start = tl.load(starts_ptr) * 0\n",
+        EDGES,
+    ),
+    Fault(
+        "a wait for the longest length on the device",
+        PACKED,
+        "longest if isinstance(longest, int) else query.shape[2],",
+        "longest,",
+        (TESTS, "-k", "longest_length"),
+    ),
     Fault(
         "new tokens a slot too late",
         PACKED,

@@ -32,7 +32,7 @@ ALL_TILES = [TILES, PrefillConfig(16, 32, 4, 2), PrefillConfig(32, 16, 4, 2, spl
 @pytest.fixture(autouse=True)
 def _few_idle_tiles(monkeypatch):
     """The interpreter takes its time for tiles behind the last query, too."""
-    monkeypatch.setattr(packed_attention, "LENGTH_STEP", 16)
+    monkeypatch.setattr(packed_attention, "ROWS_STEP", 1)
 
 
 def kernel(tiles):
@@ -82,11 +82,21 @@ def test_nothing_to_attend(lens):
     assert not Packed(lens).check(kernel(TILES)).any()
 
 
-def test_a_bound_larger_than_any_length_changes_nothing():
+def test_the_longest_length_changes_nothing():
     call = Packed(RAGGED[2:], heads=1, kv_heads=1)
     out = call.check(kernel(TILES))
-    call.options["max_query_len"] = 60
-    assert torch.equal(call.check(kernel(TILES)), out)
+    for longest in (60, 0):
+        call.options["max_query_len"] = longest
+        assert torch.equal(call.check(kernel(TILES)), out)
+
+
+@pytest.mark.parametrize(
+    "lens", [(16, 16), (0, 16, 0), (17, 0, 0, 15, 1), (0, 0, 33), (1,) * 17, (48, 1, 31, 0)], ids=str
+)
+@pytest.mark.parametrize("gap", [0, 15, 16, 40])
+def test_sequences_that_end_where_tiles_do(lens, gap):
+    """Tiles of 16 rows, rows of no sequence before them too, and as many tiles as the shapes allow for."""
+    Packed([(n, n + 3) for n in lens], heads=1, kv_heads=1, dim=16, gap=gap).check(kernel(TILES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -94,10 +104,12 @@ def test_few_queries_take_few_rows(dtype, monkeypatch):
     chosen = []
     choose = packed_attention.choose
     monkeypatch.setattr(packed_attention, "choose", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
-    packed_attention._kept.clear()
-    for longest, rows in ((1, 16), (16, 16), (17, None)):
-        Packed(((longest, 40), (1, 33), (0, 7)), heads=2, kv_heads=1, dtype=dtype).check(kernel(None))
-        assert (chosen[-1].BLOCK_M == 16) == (rows == 16)
+    for lens, bound, few in (((1, 1), 1, True), ((16, 1), 16, True), ((17, 1), 17, False), ((1, 1), 99, True)):
+        packed_attention._kept.clear()
+        call = Packed([(n, 40) for n in lens], heads=2, kv_heads=1, dtype=dtype, gap=0)
+        call.options["max_query_len"] = bound
+        call.check(kernel(None))
+        assert (chosen[-1].BLOCK_M == 16) == few
 
 
 def test_starts_and_heads_of_any_stride():

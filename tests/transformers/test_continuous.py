@@ -437,6 +437,16 @@ def test_the_starts_are_believed_without_positions_that_restart():
     assert (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
 
 
+@pytest.mark.parametrize("longest", [None, torch.tensor(13), 1, 400], ids=str)
+def test_the_longest_length_may_be_missing_or_on_the_device_or_wrong(longest):
+    """It is a hint: where sequences begin is what counts."""
+    model = build("llama", "fastattn")
+    given = packed((13, 8))
+    with torch.no_grad():
+        wanted = model(**given, use_cache=False).logits
+        assert torch.equal(model(**given | {"max_length_q": longest}, use_cache=False).logits, wanted)
+
+
 def test_later_queries_of_packed_sequences(monkeypatch):
     """Fewer queries than keys: the queries are the last of each sequence."""
     model = build("llama", "fastattn")
