@@ -22,7 +22,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_fastattn
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 from hf_fastattn.ops._library import has_triton
 
 from . import common, fake_gpu
@@ -66,12 +66,12 @@ def free_forward(model: Any) -> Iterator[None]:
     logits: dict[int, Tensor] = {}
 
     @functools.wraps(native)
-    def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         assert input_ids is not None
         rows = len(input_ids)
         if rows not in logits:
             logits[rows] = torch.randn(rows, 1, model.config.vocab_size, device=input_ids.device, dtype=model.dtype)
-        return CausalLMOutputWithPast(logits=logits[rows], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits[rows], **{CACHE_NAME: kwargs.get(CACHE_NAME)})
 
     model.forward = forward
     try:
@@ -153,11 +153,11 @@ def measure_glue(device: torch.device, steps: int, rounds: int) -> list[dict[str
                 else PagedCache(model.config, reserve=512)
             )
             with torch.no_grad(), fake_gpu.launching() if attention == LAUNCHING else nullcontext():
-                model(token.expand(1, 16), past_key_values=cache, use_cache=True)
+                model(token.expand(1, 16), **{CACHE_NAME: cache}, use_cache=True)
 
                 def decode() -> None:
                     for _ in range(steps):
-                        model(token, past_key_values=cache, use_cache=True)
+                        model(token, **{CACHE_NAME: cache}, use_cache=True)
 
                 return 1e6 * common.seconds(decode, device) / steps
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import StaticCache
 
-from hf_fastattn import reference
+from hf_fastattn import CACHE_NAME, reference
 from hf_fastattn.linear import GROUPS, DecodeLinear, optimize_linears, restore_linears
 
 from . import common
@@ -206,7 +206,7 @@ def measure_end_to_end(
             change(model)
             if layer in caches:  # the same in every call, for its addresses are part of a graph
                 caches[layer].reset()
-                options = options | {"past_key_values": caches[layer]}
+                options = options | {CACHE_NAME: caches[layer]}
             mask = torch.ones_like(ids)
             return common.seconds(lambda: model.generate(ids, attention_mask=mask, **options), device)
 

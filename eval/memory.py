@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_fastattn
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 from . import common
 from .throughput import Cell, make_cache, make_inputs
@@ -58,7 +58,7 @@ def measure(model: PreTrainedModel, name: str, cell: Cell) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(model.device)
     model.generate(
         **inputs,
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=cell.new_tokens,
         num_beams=cell.beams,
         do_sample=False,
@@ -101,7 +101,7 @@ def measure_forks(model: PreTrainedModel, cell: Cell) -> list[dict[str, Any]]:
         cache, before = PagedCache(model.config), 0
         if name == "one prompt, forked":
             with torch.no_grad():
-                model(full[:1, : cell.prompt], past_key_values=cache, logits_to_keep=1)
+                model(full[:1, : cell.prompt], **{CACHE_NAME: cache}, logits_to_keep=1)
             system, cache, before = cache, cache.fork(cell.batch), cell.prompt
         generate(model, full, cache, cell.new_tokens)
         stats = cache.stats()
@@ -156,7 +156,7 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: PagedCache, new_tokens:
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=new_tokens,
         num_beams=beams,
         do_sample=False,

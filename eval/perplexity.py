@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 from . import common
 
@@ -84,11 +84,11 @@ def by_token(model: PreTrainedModel, ids: Tensor, window: int, stride: int, labe
     total, count = 0.0, 0
     for begin, end, first in tqdm(list(windows(len(ids), window, stride)), desc=label, leave=False, disable=None):
         cache = PagedCache(model.config)
-        logits = model(ids[None, begin:first], past_key_values=cache, logits_to_keep=1).logits[0, -1:]
+        logits = model(ids[None, begin:first], **{CACHE_NAME: cache}, logits_to_keep=1).logits[0, -1:]
         for i in range(first, end):
             total += window_nll(logits, ids[i : i + 1])
             if i + 1 < end:
-                logits = model(ids[None, i : i + 1], past_key_values=cache).logits[0]
+                logits = model(ids[None, i : i + 1], **{CACHE_NAME: cache}).logits[0]
         count += end - first
     return math.exp(total / count)
 

@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 from . import common
 
@@ -114,7 +114,7 @@ def forced_logits(
     logits = []
     with torch.no_grad():
         for step in range(given.shape[1]):
-            out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=state, logits_to_keep=1)
+            out = model(ids, attention_mask=mask, position_ids=positions, **{CACHE_NAME: state}, logits_to_keep=1)
             logits.append(out.logits[:, -1].double().cpu())
             ids = given[:, step : step + 1]
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -179,7 +179,7 @@ def generate_once(
     start = time.perf_counter()
     tokens = model.generate(
         **inputs,
-        past_key_values=caches.take(model, combo, cell),
+        **{CACHE_NAME: caches.take(model, combo, cell)},
         max_new_tokens=cell.new_tokens,
         num_beams=cell.beams,
         do_sample=False,

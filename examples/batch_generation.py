@@ -10,7 +10,7 @@ import torch
 from loading import load, parser_for
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 PROMPTS = [
     "import os\nimport",
@@ -64,7 +64,7 @@ def generate(
     """Return what greedy decoding appends to each prompt; a cache is passed only to look into it afterwards."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, past_key_values=cache)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **{CACHE_NAME: cache})
     return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

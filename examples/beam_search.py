@@ -10,7 +10,7 @@ import torch
 from loading import load, parser_for
 from torch import Tensor
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 PROMPT = (
     "import os\nimport sys\n\n\ndef find_files(folder, suffix):\n"
@@ -51,7 +51,7 @@ def main() -> None:
 
     cache = WatchedCache(model.config, block_size=args.block_size)
     with torch.inference_mode():
-        found = model.generate(**inputs, **options, past_key_values=cache)[0]
+        found = model.generate(**inputs, **options, **{CACHE_NAME: cache})[0]
         expected = model.generate(**inputs, **options, cache_implementation="dynamic")[0]
     print(f"{args.prompt}[{tokenizer.decode(found[inputs['input_ids'].shape[1] :], skip_special_tokens=True)}]\n")
 

@@ -17,7 +17,7 @@ import torch
 from loading import load, parser_for
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 TURNS = [
     "import os\nimport",
@@ -58,7 +58,7 @@ class Chat:
         output = self.model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            past_key_values=self.cache,
+            **{CACHE_NAME: self.cache},
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             **options,

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ class CacheCounter:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name before transformers 5.24
+        cache = kwargs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() == 0:
             self.counts[type(cache)] += 1
 

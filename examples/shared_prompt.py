@@ -44,13 +44,13 @@ def main() -> None:
     with torch.inference_mode():
         separate = model.generate(ids, **options)
         parent = hf_fastattn.PagedCache(model.config, block_size=16)
-        model(ids[:1, :common], past_key_values=parent)
-        forked = model.generate(ids, past_key_values=parent.fork(len(ids)), **options)
+        model(ids[:1, :common], **{hf_fastattn.CACHE_NAME: parent})
+        forked = model.generate(ids, **{hf_fastattn.CACHE_NAME: parent.fork(len(ids))}, **options)
         store = hf_fastattn.PrefixStore(model, block_size=16)
         for row in ids:  # one after the other, as they come
             one = options | {"attention_mask": torch.ones_like(row[None])}
             cache = store.cache(row[None])
-            store.add(cache, model.generate(row[None], past_key_values=cache, **one).sequences)
+            store.add(cache, model.generate(row[None], **{hf_fastattn.CACHE_NAME: cache}, **one).sequences)
 
     stats, tokens = store.stats(), ids.numel()
     print(f"{len(ids)} prompts of {ids.shape[1]} tokens, the first {common} of them the same")
@@ -58,11 +58,11 @@ def main() -> None:
         f"prompt tokens computed: {tokens} separately, {common + len(ids) * (ids.shape[1] - common)} with a fork, "
         f"{stats.asked - stats.reused} one by one with a prefix store"
     )
-    print(f"separately: {separate.past_key_values.stats()}")
-    print(f"forked:     {forked.past_key_values.stats()}")
+    print(f"separately: {separate[hf_fastattn.CACHE_NAME].stats()}")
+    print(f"forked:     {forked[hf_fastattn.CACHE_NAME].stats()}")
     print(f"same text: {'yes' if torch.equal(separate.sequences, forked.sequences) else 'no'}")
     if args.picture is not None:
-        hf_fastattn.plot_blocks(forked.past_key_values).savefig(args.picture)
+        hf_fastattn.plot_blocks(forked[hf_fastattn.CACHE_NAME]).savefig(args.picture)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from loading import load, parser_for
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from hf_fastattn import PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache
 
 
 def main() -> None:
@@ -52,8 +52,8 @@ def main() -> None:
 def decode(model: PreTrainedModel, text: Tensor, prompt: int) -> tuple[Tensor, PagedCache]:
     """Return the logits from the prompt's last token on, one token at a time over a PagedCache, and the cache."""
     cache = PagedCache(model.config, block_size=16)
-    logits = [model(text[:, :prompt], past_key_values=cache).logits[:, -1:]]
-    logits += [model(token, past_key_values=cache).logits for token in text[:, prompt:].split(1, dim=1)]
+    logits = [model(text[:, :prompt], **{CACHE_NAME: cache}).logits[:, -1:]]
+    logits += [model(token, **{CACHE_NAME: cache}).logits for token in text[:, prompt:].split(1, dim=1)]
     return torch.cat(logits, dim=1), cache
 
 

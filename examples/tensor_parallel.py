@@ -18,7 +18,7 @@ from loading import TINY_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
-import hf_fastattn  # noqa: F401  registers "fastattn"
+from hf_fastattn import CACHE_NAME  # importing registers "fastattn"
 
 PROMPT = 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n'
 
@@ -41,7 +41,7 @@ def main() -> None:
     )
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, return_dict_in_generate=True)
-    heads = out.past_key_values.layers[0].k_cache.shape[2]
+    heads = out[CACHE_NAME].layers[0].k_cache.shape[2]
     if dist.get_rank() == 0:
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
         total = model.config.num_key_value_heads

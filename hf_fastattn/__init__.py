@@ -13,7 +13,7 @@ from .auto import paged, unpaged
 from .block_pool import BlockPoolExhausted
 from .cache import IMPLEMENTATION, PagedCache
 from .continuous import CONTINUOUS, TAKES_PREFIX, continuous_attention
-from .generate import generate
+from .generate import CACHE_NAME, generate
 from .leases import release
 from .linear import optimize_linears, restore_linears
 from .masks import fastattn_mask
@@ -23,6 +23,7 @@ from .version import __version__
 from .warmup import warmup
 
 __all__ = [
+    "CACHE_NAME",
     "IMPLEMENTATION",
     "BlockPoolExhausted",
     "CacheStats",

@@ -27,7 +27,10 @@ from .block_pool import BlockPoolExhausted
 from .cache import PagedCache
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
-"""What transformers calls a cache among a model's arguments and outputs: renamed in 5.24."""
+"""What transformers calls a cache among a model's arguments and outputs: it renamed ``past_key_values`` in 5.24.
+
+``model(ids, **{hf_fastattn.CACHE_NAME: cache})`` runs with every version, without a warning that the name is old.
+"""
 
 SAMPLING = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)

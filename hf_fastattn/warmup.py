@@ -115,7 +115,7 @@ def _run(model: Any, name: str, rows: int, max_length: int, disable_compile: boo
             return_dict_in_generate=True,
             disable_compile=disable_compile or name == "candidates",
         )
-        ids, cache = out.sequences, out.past_key_values
+        ids, cache = out.sequences, out[CACHE_NAME]
     return cache
 
 

@@ -20,6 +20,7 @@ def run(name: str, *arguments: str, stdin: str = "", code: int = 0) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
+    assert "deprecated" not in done.stderr
     return done.stderr if code else done.stdout
 
 
