@@ -104,7 +104,15 @@ class PagedByDefault(ContinuousBatching):
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         valid = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        valid = valid and not hasattr(generation_config, "_prefills")
         return valid and not gave_up(self) and not stays_eager(self, generation_config)  # type: ignore[arg-type]
+
+    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        generation_config._prefills = True  # pieces of a prompt run eagerly: each would be a graph of its own
+        try:
+            return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del generation_config._prefills
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Return the compiled model, which falls back to the model itself."""

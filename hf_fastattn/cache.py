@@ -228,7 +228,10 @@ class PagedCache(Cache):
         return self.columns()
 
     def mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return what a layer's get_mask_sizes does; also where compiled steps are kept inside the capacity."""
+        """Return what a layer's get_mask_sizes does; also where compiled steps are kept inside the capacity.
+
+        Handles have no offset of keys: there, 1 asks the mask function to look whether the one new column is hidden.
+        """
         if not self.uses_handles:
             return self.columns() + query_length, 0
         if torch.compiler.is_dynamo_compiling():  # no graph depends on max_length
@@ -243,7 +246,7 @@ class PagedCache(Cache):
                 longest = max(state.tables.lens) + query_length
                 if longest > state.max_length:
                     raise self.exhausted(state.too_long(longest))
-        return -(state.max_length or 1), 0
+        return -(state.max_length or 1), int(single and not state.decoding and not state.behind)
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]

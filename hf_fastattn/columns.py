@@ -4,6 +4,7 @@ transformers counts columns: every row of a batch has as many, padding included.
 mask hides is not stored (a layer with a sliding window, which counts columns, needs those behind the first token).
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,19 @@ class Step:
     slots: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     runs: EvenRuns | None = None
     views: bool = False
+
+
+class _Announced(threading.local):
+    """What the mask function knows of the forward pass that begins in this thread.
+
+    Attributes:
+        hidden: the mask hides the pass's one new column in some sequence.
+    """
+
+    hidden = False
+
+
+announced = _Announced()
 
 
 class Columns:

@@ -20,6 +20,9 @@ from .kv_pool import persistent
 LEAST_SHARED = 8
 """Shared prefixes that there is room for at least, once there is one."""
 
+MOST_SHARED = 8192
+"""Shared prefixes times sequences that there is room for: kernels keep partial results for each pair of them."""
+
 MAX_KEPT = 16
 """Sets of device tables that a pool keeps for caches of the same sizes to come."""
 
@@ -153,14 +156,16 @@ class DeviceTables:
     def _write_shared_prefixes(self, rows: Sequence[Sequence[int]], num_full: Sequence[int]) -> None:
         """Write the shared prefixes, into the tensor that there is: a captured step reads it.
 
-        A few outer levels are worth their room: kernels keep partial results for every entry that could be used.
+        The outer levels are worth their room, as far as MOST_SHARED goes: what has no entry is read by each sequence.
         """
         shared = common_prefixes(rows, num_full)
-        outer = sum(entry[2] == 0 for entry in shared)
-        if shared and (self.shared_prefixes is None or outer > len(self.shared_prefixes)):
-            room = min(max(1 << (outer - 1).bit_length(), LEAST_SHARED), len(rows) - 1)
-            self.shared_prefixes = torch.zeros(room, 4, dtype=torch.int32, device=self.device)
-            torch._dynamo.mark_static_address(self.shared_prefixes)
+        if shared:
+            outer = sum(entry[2] == 0 for entry in shared)
+            room = max(min(1 << (outer - 1).bit_length(), MOST_SHARED // len(rows)), LEAST_SHARED)
+            room = min(room, len(rows) - 1)
+            if self.shared_prefixes is None or room > len(self.shared_prefixes):
+                self.shared_prefixes = torch.zeros(room, 4, dtype=torch.int32, device=self.device)
+                torch._dynamo.mark_static_address(self.shared_prefixes)
         if self.shared_prefixes is not None:
             room = len(self.shared_prefixes)
             unused = [[0, 0, 0, 0]] * (room - len(shared))

@@ -94,7 +94,7 @@ class PoolUser(Protocol):
         ...
 
     def renumber(self, moved: Mapping[int, int]) -> None:
-        """Replace every block id by ``moved[id]``; the pool has grown."""
+        """Replace every block id by ``moved[id]``; the tensors of the pool are new ones."""
         ...
 
     def reclaim(self, count: int) -> None:
@@ -231,6 +231,8 @@ class KVPool:
                     blocks[source.to(blocks.device)] = blocks[target.to(blocks.device)]
                 setattr(layer, name, blocks[: self.ids.num_blocks])
                 torch._dynamo.mark_static_address(getattr(layer, name))
+            for user in users:
+                user.renumber({})
             raise
         if ids is None:
             self.ids.grow(num_blocks)

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from .columns import announced
+
 
 def fastattn_mask(
     *,
@@ -36,7 +38,8 @@ def fastattn_mask(
     Args:
         batch_size, q_length: shape of the queries.
         kv_length: columns of keys; negative when a :class:`~hf_fastattn.PagedCache` holds them.
-        q_offset, kv_offset: column of the first query and of the first key.
+        q_offset, kv_offset: column of the first query and of the first key. Of a PagedCache, kv_offset 1 asks to look
+            whether a single new column is hidden, although a GPU has to be waited for: not in every decode step.
         mask_function: transformers' description of the pattern.
         attention_mask: (batch_size, columns) bool, False at padding; None when there is none.
         local_size: window or chunk of the layers that this mask is for.
@@ -51,7 +54,7 @@ def fastattn_mask(
     """
     paged = kv_length < 0
     if paged and q_length == 1 and not use_vmap:
-        return None  # a single query sees every stored token of its window, and padding is never stored
+        return _of_one_query(attention_mask, look=kv_offset > 0)
     bidirectional = mask_function is bidirectional_mask_function
     if bidirectional:
         plain = allow_is_bidirectional_skip and local_size is None and not paged
@@ -88,6 +91,20 @@ def fastattn_mask(
         config=config,
         **kwargs,
     )
+
+
+def _of_one_query(attention_mask: Tensor | None, *, look: bool) -> Tensor | None:
+    """Return the mask of one new column over blocks: it sees every token of its window, and padding is never stored.
+
+    So there is none, unless the column is padding itself: that is looked for where it costs nothing, and where asked.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    announced.hidden = False
+    if attention_mask is None or not (look or attention_mask.is_cpu) or bool(attention_mask[:, -1].all()):
+        return None
+    announced.hidden = True
+    return _key_padding(attention_mask)
 
 
 def _hides_nothing(attention_mask: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .block_pool import NO_BLOCK, BlockPoolExhausted, BlockTables, EvenRuns
-from .columns import Columns, Step
+from .columns import Columns, Step, announced
 from .device_tables import DeviceTables, keep_tables
 from .kv_pool import KVPool
 from .pool_lock import PoolLock, in_forward_pass, locked
@@ -73,6 +73,7 @@ class PagedState:
         self.padding = Columns(keep_hidden=keep_hidden)
         self.behind = False  # a compiled step ran: the device's counts are ahead of the host's
         self.unsynced = 0
+        self.decoding = False  # the last pass brought one column, which nothing hid: nor, most likely, does the next
         self._runs: EvenRuns | Literal[False] | None = False  # of the tables; False before anybody asked
         self.views = RunViews()  # of the tokens in these runs
         self.elastic = False  # max_length was chosen for the speed of one call, and is no limit
@@ -215,7 +216,9 @@ class PagedState:
             The forward pass; None if it may be another kind of pass, so that a mask has to be seen first.
         """
         last = self.steady
-        if last is None or self.behind or layer_idx != last.first_layer or last.last_layer != num_layers - 1:
+        if last is None or self.behind or announced.hidden:
+            return None
+        if layer_idx != last.first_layer or last.last_layer != num_layers - 1:
             return None
         num_seqs, _, query_len, _ = new.shape
         tokens = self.tables.lens[0] + 1
@@ -274,6 +277,7 @@ class PagedState:
         self.lock.end_pass()
         self.tables.lens = step.lens
         self.padding.advance(step)
+        self.decoding = step.query_len == 1 and step.mask is None
         self.steady = step if step.views or (may_repeat and self._is_steady(step)) else None
         if self.sharing and self.reserved:  # a compiled step that follows cannot do it
             self._end_sharing()
@@ -400,7 +404,7 @@ class PagedState:
             tables.key_mask = None
             tables.columns.zero_()
         self.padding.clear()
-        self.step, self.steady, self.behind, self.unsynced = None, None, False, 0
+        self.step, self.steady, self.behind, self.unsynced, self.decoding = None, None, False, 0, False
         self.sharing = self.group > 1
         self.frees = self.window is not None and not self.reserved
 
@@ -485,7 +489,8 @@ class PagedState:
         return [[block for block in row if block != NO_BLOCK] for row in self.tables.rows]
 
     def renumber(self, moved: Mapping[int, int]) -> None:
-        """Follow the pool when it has grown."""
+        """Follow the pool, whose blocks lie elsewhere: it has grown, or it could not."""
+        self.sync()  # compiled steps are counted on the devices, whose tables are written anew
         self.tables.rows = [[moved.get(block, block) for block in row] for row in self.tables.rows]
         self.refresh()
 

@@ -146,6 +146,13 @@ class CacheMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.forward(torch.ones(self.batch, 1, dtype=torch.bool))
 
+    @precondition(lambda self: self.columns < MAX_COLUMNS - 5)
+    @rule(count=st.integers(1, 5), batch=st.integers(1, MAX_BATCH))
+    def one_token_of_some(self, count, batch):
+        """One column at a time, padding in other sequences each time."""
+        for _ in range(count):
+            self.forward(self.draw(0, 2, batch if self.columns == 0 else self.batch, 1) > 0)
+
     @precondition(lambda self: self.columns > 0)
     @rule(share=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     def crop(self, share):

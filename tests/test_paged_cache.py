@@ -183,7 +183,10 @@ def test_lengths_and_flags(llama):
     assert growing.get_mask_sizes(5, 0) == (-1, 0)
     assert reserved.get_mask_sizes(5, 0) == (-64, 0)
     llama.fast(tokens(2, 7), past_key_values=reserved)
-    assert reserved.get_mask_sizes(1, 0) == (-64, 0)
+    assert reserved.get_mask_sizes(1, 0) == (-64, 1)  # the mask of the first single column is looked at
+    llama.fast(tokens(2, 1), past_key_values=growing)
+    assert growing.get_mask_sizes(1, 0) == (-1, 0)
+    assert growing.get_mask_sizes(2, 0) == (-1, 0)
     assert reserved.get_seq_length() == reserved.get_query_offset() == reserved.layers[1].get_seq_length() == 7
     assert len(reserved) == 2
     assert "sequences=2, columns=7, layers=2" in repr(reserved)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import hf_fastattn
-from hf_fastattn import BlockPoolExhausted, PagedCache, ops
-from hf_fastattn.device_tables import common_prefixes
+from hf_fastattn import BlockPoolExhausted, PagedCache, device_tables, ops
+from hf_fastattn.device_tables import DeviceTables, common_prefixes
 from hf_fastattn.kv_pool import KVPool
 from tests.test_cache_machine import check_state
 from tests.tiny import CopiedBytes, assert_logits, running_out, tokens, used_blocks
@@ -318,6 +318,32 @@ def test_memory_that_runs_out_while_a_pool_grows_changes_nothing(llama, fails_at
         forward(llama, cache, tokens(3, 900))
     assert cache.get_seq_length() == 30
     check_fork(llama, cache, ids)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3])
+def test_decoding_goes_on_where_a_pool_that_could_not_grow_has_left_the_blocks(llama, fails_at):
+    """Decode steps take views that were made ahead: not of memory that the attempt has left behind."""
+    cache, ids = llama.cache(), tokens(2, 30)
+    for part in (slice(0, 28), slice(28, 29)):
+        forward(llama, cache, ids[:, part])
+    with running_out(fails_at + 1), pytest.raises(torch.OutOfMemoryError):
+        cache.state.memory.make_room(900)
+    forward(llama, cache, ids[:, 29:])
+    cache.reorder_cache(torch.tensor([1, 0]))  # read by table from now on
+    check_fork(llama, cache, ids[[1, 0]])
+
+
+@pytest.mark.parametrize(("most", "entries"), [(10_000, 16), (12 * 10, 10), (12, 8)])
+def test_room_for_shared_prefixes_is_bounded(monkeypatch, most, entries):
+    """24 sequences in 12 pairs; what finds no room is read by each sequence."""
+    monkeypatch.setattr(device_tables, "MOST_SHARED", 2 * most)
+    rows = [[i // 2, 100 + i] for i in range(24)]
+    tables = DeviceTables(rows, [20] * 24, 20, width=2, block_size=16, device=torch.device("cpu"))
+    shared = tables.shared_prefixes.tolist()
+    assert len(shared) == entries
+    assert [entry for entry in shared if entry[1]] == [[2 * i, 2, 0, 1] for i in range(min(entries, 12))]
+    tables.write([[*row[:1], row[1] + 1] for row in rows], [20] * 24, 20)
+    assert tables.shared_prefixes.tolist() == shared
 
 
 def test_common_prefixes():

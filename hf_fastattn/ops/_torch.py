@@ -226,7 +226,7 @@ def attend_dense(
         return q.new_zeros(num_seqs, query_len, num_heads, v.shape[3])
     if key_mask is not None:
         key_mask = key_mask[:, :seq_len]
-        if bool(key_mask.all()):
+        if key_mask.is_cpu and bool(key_mask.all()):  # a GPU would have to be waited for
             key_mask = None
     if causal and query_len == 1 and window < seq_len:
         k, v = k[:, :, -window:], v[:, :, -window:]

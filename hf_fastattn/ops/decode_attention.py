@@ -12,6 +12,7 @@ from torch import Tensor
 from ._cpu_schedule import CpuSchedule
 from ._library import define_op, is_direct
 from ._torch import attend_dense, attend_one_query, attend_paged
+from .decode_schedule import decode_schedule
 from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
 
 
@@ -81,6 +82,9 @@ def decode_attention(
         )
     if isinstance(schedule, CpuSchedule) and not is_direct("decode_attention", q):  # whoever sees the op sees tensors
         schedule = None
+    if schedule is None and block_table is None and torch.compiler.is_compiling():
+        # Else the launcher keeps one for the layers that follow: a graph must not leave memory of its own behind.
+        schedule = decode_schedule(q, k, v, window=window, batch_invariant=batch_invariant)
     options = (softmax_scale, window, softcap, shared_prefixes, schedule, batch_invariant)
     return _OP(q, k, v, block_table, seq_lens, key_mask, sinks, *options)
 

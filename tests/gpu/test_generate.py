@@ -192,6 +192,17 @@ def test_compiled_steps_in_16_bits(dtype):
     assert_captured()
 
 
+def test_compiled_steps_over_a_static_cache():
+    """transformers' own compiled cache: dense keys, whose schedules must not outlive a graph's warm-up."""
+    (model, eager), graphs = pair("llama"), Graphs()
+    for call in range(3):
+        given = inputs(seed=call)
+        expected = Expected(eager, **given)
+        expected.check(generate(model, cache_implementation="static", **compiling(), **given))
+        assert graphs.new() == (call == 0), f"call {call}"
+    assert_captured()
+
+
 def test_a_reset_cache_replays():
     """The second call over one cache replays what the first recorded."""
     (model, eager), graphs = pair("llama"), Graphs()

@@ -12,7 +12,7 @@ from models import NEW_TOKENS, build, check_logits, generate, in_float64, left_p
 from test_compiled import Graphs, _compiled
 
 import hf_fastattn
-from hf_fastattn import compile_policy
+from hf_fastattn import PagedCache, compile_policy
 
 OURS = {"custom_generate": hf_fastattn.generate}
 
@@ -81,6 +81,20 @@ def test_one_graph_at_batch_one(model):
         out = generate(model, **inputs, **_compiled(graphs), **OURS)
         wanted, wide = generate(eager, **inputs), generate(exact, **inputs)
         check_logits(*(torch.stack(result.logits) for result in (out, wanted, wide)))
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("how", [{}, OURS], ids=["transformers", "ours"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_pieces_of_a_prompt_are_not_compiled(model, how, chunk):
+    """Each would be a graph of its own: only the decode step is one, over a cache made for the call or by the user."""
+    graphs, exact, eager = Graphs(), in_float64(build("llama")), build("llama")
+    for length, cache in ((9, None), (9, None), (14, None), (30, PagedCache(model.config, max_length=256))):
+        inputs = left_padded(prompt(2, length, seed=length), 3, 0)
+        out = generate(model, cache, prefill_chunk_size=chunk, **inputs, **_compiled(graphs), **how)
+        wanted, wide = generate(eager, **inputs), generate(exact, **inputs)
+        check_logits(*(torch.stack(result.logits) for result in (out, wanted, wide)))
+        del out
     assert graphs.count == 1
 
 

@@ -5,10 +5,10 @@ import re
 
 import pytest
 import torch
-from models import build, check_logits, generate, in_float64, left_padded, paged, prompt, under
+from models import NEW_TOKENS, build, check_logits, generate, in_float64, left_padded, paged, prompt, under
 from transformers import CompileConfig
 
-from hf_fastattn import BlockPoolExhausted
+from hf_fastattn import BlockPoolExhausted, PagedCache
 
 FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss"]
 MAX_LENGTH = 96
@@ -67,6 +67,27 @@ def test_one_graph_serves_two_hundred_steps(family):
     assert graphs.count == 1
     assert cache.get_seq_length() == 208
     assert cache.state.tables.lens == [204, 208]
+
+
+def test_a_pool_that_grows_keeps_what_compiled_steps_stored():
+    """The host does not know of them yet when another cache on the pool has all tables written anew."""
+    model, graphs = build("llama"), Graphs()
+    inputs, cache = left_padded(prompt(2, 9), 3, 0), paged(model, max_length=MAX_LENGTH)
+    wanted, wide = generate(model, **inputs), generate(in_float64(model), **inputs)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, NEW_TOKENS, dtype=torch.long)], 1)
+    follow = {"input_ids": wanted.sequences, "attention_mask": mask, "max_new_tokens": 4}
+    expected = generate(model, **follow), generate(in_float64(model), **follow)
+    with under(model):
+        out = generate(model, cache, **_compiled(graphs), **inputs)
+        _check(out, wanted, wide)
+        assert cache.state.behind
+        blocks, columns = cache.state.pool.num_blocks, wanted.sequences.shape[1] - 1
+        other = PagedCache(model.config, pool=cache.state.memory)
+        with torch.no_grad():
+            model(prompt(3, 200), past_key_values=other)
+        assert cache.state.pool.num_blocks > blocks
+        assert cache.get_seq_length() == columns
+        _check(generate(model, cache, **follow, disable_compile=True), *expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

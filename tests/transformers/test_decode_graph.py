@@ -7,6 +7,7 @@ import re
 from collections import Counter
 
 import pytest
+import torch
 from models import build, generate, left_padded, paged, prompt, under
 from test_compiled import MAX_LENGTH, _compiled
 from torch._inductor.utils import run_and_get_code
@@ -77,6 +78,18 @@ def test_ops_per_layer_and_step(family):
     assert per_layer == 0
     assert beside <= kinds  # its lists are made once per kind of layer
     assert calls == {"hf_fastattn.decode_attention.default": (1, 0)}
+
+
+def test_a_step_over_a_static_cache_makes_its_schedules_itself():
+    """One that the launcher kept would be memory of the graph's own pool that nobody has seen."""
+    record, model = Record(), build("llama")
+    with under(model):
+        generate(model, cache_implementation="static", **_compiled(record), **left_padded(prompt(2, 9), 4, 0))
+    nodes = [node for graph in record.graphs for node in graph.graph.nodes if "decode_attention" in str(node.target)]
+    assert nodes
+    for node in nodes:
+        made = [str(arg.target) for arg in node.args if isinstance(arg, torch.fx.Node)]
+        assert "hf_fastattn.decode_schedule.default" in made
 
 
 @pytest.mark.slow

@@ -364,6 +364,37 @@ def test_other_patterns_are_bool(kwargs, pattern):
     assert torch.equal(mask, pattern.expand(2, 1, -1, -1))
 
 
+def test_the_padding_of_a_single_query_is_looked_at_where_the_host_can_or_must():
+    """On a GPU, where looking waits, the cache asks for it; a meta tensor cannot be looked at."""
+    shown, hidden = torch.ones(2, 9, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)
+    hidden[1, -1] = False
+    for offset in (0, 1):
+        single = {"batch_size": 2, "q_length": 1, "kv_length": -1, "q_offset": 8, "kv_offset": offset}
+        assert fastattn_mask(**single, attention_mask=shown) is None
+        mask = fastattn_mask(**single, attention_mask=hidden)
+        assert mask.dtype == torch.int8
+        assert torch.equal(mask[:, 0, 0].bool(), hidden)
+    single["kv_offset"] = 0
+    assert fastattn_mask(**single, attention_mask=shown.to("meta")) is None
+    with pytest.raises(RuntimeError, match="meta"):
+        fastattn_mask(**single | {"kv_offset": 1}, attention_mask=shown.to("meta"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["left", "right", "holes"])
+def test_padding_in_pieces_of_one_column(family, padding):
+    model, ids = shared(family), prompt(2, 14)
+    inputs = PADDINGS[padding](ids)
+    mask = inputs["attention_mask"]
+    wanted, exact = _eager(model, **inputs)
+    with under(model), torch.no_grad():
+        cache, pieces = paged(model), []
+        for i in range(ids.shape[1]):
+            pieces.append(model(ids[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1]).logits)
+    shown = mask.bool()
+    check_logits(torch.cat(pieces, 1)[shown], wanted[shown], exact[shown])
+
+
 def test_custom_pattern_holds_for_a_single_query_over_a_paged_cache():
     mask = _mask(q_length=1, q_offset=3, kv_length=-64, use_vmap=True, allow_is_causal_skip=False,
                  mask_function=lambda b, h, q, k: (k <= q) & (k != 1))  # fmt: skip
