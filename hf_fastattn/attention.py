@@ -122,6 +122,8 @@ def _paged_attention(
     layer = new.layer
     assert isinstance(layer, PagedLayer)
     cache, ours = layer.cache, mask is None or mask.dtype == torch.int8
+    if mask is not None and ours:
+        options = options._replace(causal=True)
     if cache.made_dense or not ours or reason_to_fall_back(query, new.v, options):
         k, v = cache.store_dense(new, commit=False)
         if mask is not None and not ours:
@@ -150,7 +152,8 @@ def _paged_attention(
     assert current is not None
     if current.last_layer is None:
         current.last_layer = _last_layer(module, layer)
-    if getattr(module, "layer_idx", layer.layer_idx) == current.last_layer:
+    # A layer that shares keys comes behind the one that stored them; one that is run again stores under later numbers.
+    if max(getattr(module, "layer_idx", 0), layer.layer_idx) == current.last_layer:
         own = layer.layer_idx == current.last_layer  # not keys that it shares with an earlier layer
         cache.state.commit(may_repeat=own and not cache.made_dense)
     return out
@@ -160,7 +163,7 @@ def _attend_blocks(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step, tables: DeviceTables, options: AttentionOptions
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
-    positions = None if step.rests else step.positions
+    positions = None if step.rests else step.queries
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
         given: dict[str, Any] = {
             "block_table": tables.block_table,
@@ -195,7 +198,7 @@ def _dense_attention(
     if mask is not None and reason is None:
         if mask.dtype in (torch.int8, torch.uint8):
             key_mask = mask[:, 0, 0]
-            options = options if mask.dtype == torch.int8 else options._replace(causal=False)
+            options = options._replace(causal=mask.dtype == torch.int8)
         elif mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and query.shape[2] == 1:
             key_mask = mask[:, 0, 0]  # one query: its row of the mask is key padding, the window included
             options = options._replace(causal=False)

@@ -71,9 +71,12 @@ class PagedByDefault(ContinuousBatching):
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         given = model_kwargs.get(CACHE_NAME)
+        takes = _takes_paged_cache(self, generation_config, model_kwargs)
+        if takes or isinstance(given, PagedCache):
+            _check_layers(self)
         if isinstance(given, PagedCache) and max_cache_length > (given.state.max_length or max_cache_length):
             given.state.stretch()  # if it was an earlier call that sized it
-        if not _takes_paged_cache(self, generation_config, model_kwargs):
+        if not takes:
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, mode, batch_size, max_cache_length
             )
@@ -175,6 +178,19 @@ def _host_knows(tensor: Any) -> bool:
     return tensor.is_cpu
 
 
+def _check_layers(model: Any) -> None:
+    """Raise where the config promises more layers than a model has: a forward pass ends with the last of them.
+
+    Raises:
+        ValueError: as said.
+    """
+    layers, promised = getattr(model.base_model, "layers", None), text_config(model.config).num_hidden_layers
+    if isinstance(layers, nn.ModuleList) and len(layers) < promised:
+        raise ValueError(
+            f"the model has {len(layers)} layers, but its config says num_hidden_layers={promised}: lower it"
+        )
+
+
 def _takes_paged_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
     """Return whether a call leaves the choice of its cache to us, and the model can use ours."""
     chosen = model_kwargs.get(CACHE_NAME) is not None or generation_config.cache_implementation is not None
@@ -215,8 +231,9 @@ def _make_cache(
         sequences_per_prompt: rows that start from each prompt.
         length: tokens per sequence to size the cache for, so that its decode step is compiled; None: as needed.
     """
-    if model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None:
-        sequences_per_prompt = 1  # rows with the same tokens may have different states
+    states_differ = model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None
+    if states_differ or model.training:  # of rows with the same tokens: dropout
+        sequences_per_prompt = 1
     pool = lease(model, BLOCK_SIZE, text_config(model.config).num_hidden_layers)
     cache = PagedCache(
         model.config,

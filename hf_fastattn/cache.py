@@ -25,6 +25,7 @@ from .handles import NewStates
 from .kv_pool import MEMORY_FULL, KVPool, LayerBlocks
 from .model_config import last_caching_layer, layer_types, text_config, window_of_all_layers
 from .offload import offloaded_layers
+from .own_attention import attends_itself
 from .paged_layer import PagedLayer, refuse_export
 from .paged_state import PagedState
 from .run_views import TokenViews, view_tokens
@@ -100,8 +101,13 @@ class PagedCache(Cache):
             window=window_of_all_layers(self.config),
         )
         self.paged_layers = [PagedLayer(self, i, blocks) for i, blocks in enumerate(pool.layers)]
-        self.made_dense = "chunked_attention" in types
+        self.made_dense = self._starts_dense
         super().__init__(layers=list(self.paged_layers))
+
+    @property
+    def _starts_dense(self) -> bool:
+        """Whether the model needs dense tensors whatever its implementation is called."""
+        return "chunked_attention" in layer_types(self.config) or attends_itself(self.config)
 
     @property
     def uses_handles(self) -> bool:
@@ -277,7 +283,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Forget all tokens; the pool stays allocated."""
         self.state.release()
-        self.made_dense = "chunked_attention" in layer_types(self.config)
+        self.made_dense = self._starts_dense
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers).

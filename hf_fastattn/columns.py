@@ -25,6 +25,9 @@ class Step:
         first_layer: the layer that attended first.
         positions: (num_seqs, query_len) int32, position of each new column in its sequence, -1 where it is not stored;
             None when every column is stored.
+        queries: like positions, for what the new columns' queries see: one that is not stored stands at the last column
+            before it that is.
+        changes: the mask hides columns that are stored, or shows some again: all that may be seen is to be told anew.
         mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
         lens: tokens of each sequence, those of this pass included; empty in a compiled graph, where only the device
             knows.
@@ -45,6 +48,8 @@ class Step:
     fresh: bool
     first_layer: int
     positions: Tensor | None = None
+    queries: Tensor | None = None
+    changes: bool = False
     mask: Tensor | None = None
     lens: list[int] = field(default_factory=list)
     seen: Tensor | None = None
@@ -129,11 +134,15 @@ class Columns:
         before = _extend(self.seen, num_seqs, self.count)
         old = torch.ones_like(before) if mask is None else mask[:, : self.count]
         if mask_known and step.query_len > 1 and not torch.equal(before, old):
-            raise ValueError(
-                "the attention mask changes columns that are cached already: their keys were stored under another "
-                "mask. Pass the full mask, earlier padding included, or start from an empty cache"
-            )
-        if new is None or bool(new.all()):
+            if bool((old & ~_extend(self.stored, num_seqs, self.count)).any()):
+                raise ValueError(
+                    "the attention mask shows columns that an earlier mask has hidden, and that were not stored: pass "
+                    "the full mask, earlier padding included, or start from an empty cache"
+                )
+            before, step.changes = old, True
+        if new is None:
+            new = torch.ones(num_seqs, step.query_len, dtype=torch.bool)
+        if not step.changes and bool(new.all()):
             self._plan_all(step, lens)
             return
         past = torch.tensor(lens)
@@ -143,7 +152,8 @@ class Columns:
         step.mask = new.to(torch.int8)
         if group > 1 and not bool((new.unflatten(0, (-1, group)) == new[::group, None]).all()):
             raise ValueError(f"the cache was made for {group} sequences per prompt, but their attention masks differ")
-        step.positions = torch.where(stored, past[:, None] + stored.cumsum(1) - 1, -1).to(torch.int32)
+        step.queries = (past[:, None] + stored.cumsum(1) - 1).to(torch.int32)
+        step.positions = torch.where(stored, step.queries, -1)
         step.lens = (past + stored.sum(1)).tolist()
 
     def _plan_all(self, step: Step, lens: Sequence[int]) -> None:

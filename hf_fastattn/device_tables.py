@@ -109,13 +109,25 @@ class DeviceTables:
         hides = False
         if step.positions is not None and step.mask is not None:
             step.mask = self._send(step.mask)
-            hides = bool(((step.positions >= 0) & (step.mask == 0)).any())
+            hides = step.changes or bool(((step.positions >= 0) & (step.mask == 0)).any())
         if self.key_mask is None and hides:
             self.widen_key_mask(None)
-        if self.key_mask is not None:
+        if step.changes:
+            self.show(step.seen, step.stored, step.lens)
+        elif self.key_mask is not None:
             for row, (begin, end) in enumerate(zip(past, step.lens, strict=True)):
                 seen = None if step.positions is None or step.mask is None else step.mask[row][step.positions[row] >= 0]
                 self.key_mask[row, begin:end] = 1 if seen is None else seen
+
+    def show(self, seen: Tensor | None, stored: Tensor | None, lens: Sequence[int]) -> None:
+        """Write anew which tokens may be seen, if there is a key mask: see Columns for seen and stored."""
+        if self.key_mask is None:
+            return
+        for row, seq_len in enumerate(lens):
+            self.key_mask[row, :seq_len] = 1
+            if seen is not None:
+                tokens = seen[row] if stored is None else seen[row][stored[row]]
+                self.key_mask[row, : len(tokens)] = tokens.to(self.key_mask)
 
     def slots(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return block and place in the block of each sequence's next token, (num_seqs,) int64 each; once per step.

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask, sdpa_mask
 
 from .columns import announced
+from .fallback import warn_once
+from .own_attention import attends_itself
 
 
 def fastattn_mask(
@@ -51,7 +53,22 @@ def fastattn_mask(
         int8 (batch_size, 1, 1, columns): causal with the layer's window, where non-zero columns only are visible.
         uint8 (batch_size, 1, 1, columns): every non-zero column is visible to every query.
         bool (batch_size, 1, q_length, kv_length): exactly the pattern.
+        What eager attention would get: for models that compute attention themselves.
     """
+    if attends_itself(config):
+        return _eager_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            config=config,
+            **kwargs,
+        )
     paged = kv_length < 0
     if paged and q_length == 1 and not use_vmap:
         return _of_one_query(attention_mask, look=kv_offset > 0)
@@ -62,6 +79,9 @@ def fastattn_mask(
         plain = allow_is_causal_skip and not use_vmap and not _is_chunked(config, local_size)
     if paged:
         if plain:
+            if _modules_may_not_be_causal(config):
+                columns = int(q_offset) + q_length
+                return _causal_for_sure(attention_mask, batch_size, columns, q_length, kwargs.get("device"))
             return None if attention_mask is None else _key_padding(attention_mask)
         kv_length, kv_offset = int(q_offset) + q_length, 0
     elif plain and bidirectional:
@@ -72,6 +92,9 @@ def fastattn_mask(
         if attention_mask.shape[-1] == kv_offset + kv_length:
             return _key_padding(attention_mask[:, kv_offset:]).view(torch.uint8)
     elif plain and _ends_with_queries(q_length, kv_length, q_offset, kv_offset):
+        if _modules_may_not_be_causal(config):
+            seen = None if attention_mask is None else attention_mask[:, kv_offset:]
+            return _causal_for_sure(seen, batch_size, kv_length, q_length, kwargs.get("device"))
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] == kv_offset + kv_length:
@@ -93,6 +116,14 @@ def fastattn_mask(
     )
 
 
+def _eager_mask(*, config: Any, **given: Any) -> Tensor:
+    warn_once(
+        f'models of type {config.model_type} compute attention themselves: attn_implementation="fastattn" changes '
+        "nothing there, they run as with eager attention"
+    )
+    return eager_mask(config=config, **given)
+
+
 def _of_one_query(attention_mask: Tensor | None, *, look: bool) -> Tensor | None:
     """Return the mask of one new column over blocks: it sees every token of its window, and padding is never stored.
 
@@ -104,6 +135,22 @@ def _of_one_query(attention_mask: Tensor | None, *, look: bool) -> Tensor | None
     if attention_mask is None or not (look or attention_mask.is_cpu) or bool(attention_mask[:, -1].all()):
         return None
     announced.hidden = True
+    return _key_padding(attention_mask)
+
+
+def _modules_may_not_be_causal(config: PreTrainedConfig | None) -> bool:
+    """Whether attention modules say that they are not causal although the mask is (PaliGemma's text model)."""
+    return bool(getattr(config, "use_bidirectional_attention", False))
+
+
+def _causal_for_sure(
+    attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any
+) -> Tensor | None:
+    """Return a mask that is causal whatever the modules say; None where sdpa leaves the pattern to them."""
+    if columns == q_length and (attention_mask is None or bool(attention_mask.all())):
+        return None
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
     return _key_padding(attention_mask)
 
 

@@ -184,6 +184,7 @@ class PagedState:
         if self.num_seqs == 0:
             self.add_batch(num_seqs, query_len)
         self.on(new.device)
+        self.forget_failed_pass()
         if num_seqs != self.num_seqs:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
         step = Step(query_len, columns == 0, layer_idx)
@@ -343,6 +344,13 @@ class PagedState:
         self.tables.lens = tables.past_lens.tolist()
         self.behind = False
 
+    def forget_failed_pass(self) -> None:
+        """Take back the mask of a forward pass that has not come to its end, if it hid what is cached."""
+        if self.step is not None and self.step.changes:
+            self.step.changes = False
+            for tables in self.devices.values():
+                tables.show(self.padding.seen, self.padding.stored, self.tables.lens)
+
     @locked
     def crop(self, tokens: int) -> None:
         """Remove the last columns.
@@ -359,6 +367,7 @@ class PagedState:
                 f"tokens, and blocks more than {WINDOW_MARGIN} tokens behind them were freed. Crop by at most "
                 f"{WINDOW_MARGIN} tokens, or to 0 and compute the prompt again"
             )
+        self.forget_failed_pass()
         self.step = None
         self.memory.copy(self._growing(lambda: self.tables.truncate(lens, keep_blocks=self.reserved)))
         self.sharing = False
@@ -382,6 +391,7 @@ class PagedState:
     def select(self, index: Sequence[int]) -> None:
         """Make the batch sequences index[0], index[1], ...; blocks are shared, only partly filled last ones copied."""
         self.sync()
+        self.forget_failed_pass()
         self.step = None
         if not index:
             self.release()
@@ -440,6 +450,7 @@ class PagedState:
             BlockPoolExhausted: no room for the partly filled last blocks; nothing was changed.
         """
         self.sync()
+        self.forget_failed_pass()
         twin = PagedState(
             self.memory,
             max_length=None if self.elastic else self.max_length,

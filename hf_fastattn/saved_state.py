@@ -13,6 +13,7 @@ def save(state: PagedState) -> dict[str, Any]:
     """Return what :func:`restore` needs; the blocks are copies, numbered anew."""
     with state.lock:
         state.sync()
+        state.forget_failed_pass()
         tables, layers = state.tables, state.memory.layers
         rows = [row[: tables.blocks_for(n)] for row, n in zip(tables.rows, tables.lens, strict=True)]
         used = list(dict.fromkeys(block for row in rows for block in row if block != NO_BLOCK))

@@ -125,6 +125,28 @@ def test_a_block_freed_by_one_sequence_never_leaks_into_another(llama, poison):
     assert_logits(feed(llama.fast, ids[:, 10:], cache, steps=[1, 30, 9]), eager(llama, ids)[:, 10:])
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("then", ["go on", "deepcopy", "fork", "reorder", "crop"])
+def test_the_mask_of_a_pass_that_failed_is_forgotten(request, name, then):
+    pair, ids = request.getfixturevalue(name), tokens(2, 30)
+    cache, mask = pair.cache(), torch.ones(2, 25, dtype=torch.long)
+    feed(pair.fast, ids[:, :20], cache, steps=[20])
+    mask[0, 3:9] = mask[1, 12] = 0
+    with failing(pair.fast):
+        feed(pair.fast, ids[:, 20:25], cache, mask, [5])
+    if then == "deepcopy":
+        cache = copy.deepcopy(cache)
+    elif then == "fork":
+        cache = cache.fork(1)
+    elif then == "reorder":
+        cache.reorder_cache(torch.tensor([1, 0]))
+        ids = ids[[1, 0]]
+    elif then == "crop":
+        cache.crop(-2)
+    past = cache.get_seq_length()
+    assert_logits(feed(pair.fast, ids[:, past:], cache, steps=[1, 30 - past - 1]), eager(pair, ids)[:, past:])
+
+
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("fresh", [False, True])

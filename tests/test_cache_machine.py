@@ -153,6 +153,16 @@ class CacheMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.forward(self.draw(0, 2, batch if self.columns == 0 else self.batch, 1) > 0)
 
+    @precondition(lambda self: 0 < self.columns < MAX_COLUMNS - 5)
+    @rule(length=st.integers(2, 5))
+    def hide_what_is_cached(self, length):
+        """The mask of several new columns hides some of those before them."""
+        mask, columns = self.mask, self.columns
+        self.mask = mask & (self.draw(0, 4, *mask.shape) > 0)
+        self.forward(torch.ones(self.batch, length, dtype=torch.bool))
+        if self.columns == columns:  # there was no room
+            self.mask = mask
+
     @precondition(lambda self: self.columns > 0)
     @rule(share=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     def crop(self, share):

@@ -226,11 +226,11 @@ def test_another_batch_size_is_an_error(llama, sizes):
     assert_logits(feed(llama.fast, ids[:, 10:], cache), eager(llama, ids)[:, 10:])
 
 
-def test_a_mask_that_changes_cached_columns_is_an_error(llama, sizes):
+def test_a_mask_that_shows_what_was_not_stored_is_an_error(llama, sizes):
     cache, ids, mask = llama.cache(**sizes), tokens(2, 14), left_padding([14, 5])
     feed(llama.fast, ids[:, :10], cache, mask, [10])
     for wrong in (torch.ones_like(mask), left_padding([14, 6]), None):
-        with pytest.raises(ValueError, match="changes columns that are cached already"):
+        with pytest.raises(ValueError, match="shows columns that an earlier mask has hidden"):
             llama.fast(ids[:, 10:], past_key_values=cache, attention_mask=wrong)
     with pytest.raises(ValueError, match="shape"):
         llama.fast(ids[:, 10:], past_key_values=cache, attention_mask=mask[:, :13])

@@ -137,4 +137,32 @@ AUTO_FAULTS = [
         "        raise AttributeError",
         ("tests/test_cache_operations.py::test_peft_is_told_how_long_a_cache_may_become",),
     ),
+    Fault(
+        "pieces of a prompt are compiled",
+        AUTO,
+        'valid = valid and not hasattr(generation_config, "_prefills")',
+        "pass",
+        ("tests/transformers/test_compile_policy.py", "-k", "pieces and 4-transformers"),
+    ),
+    Fault(
+        "our own prefill is taken for a model's",
+        "hf_fastattn/generate.py",
+        'if kind.__module__.partition(".")[0] != __package__',
+        "if True",
+        ("tests/transformers/test_generate.py::test_ids_alone",),
+    ),
+    Fault(
+        "rows of a prompt share keys behind dropout",
+        AUTO,
+        "if states_differ or model.training:",
+        "if states_differ:",
+        (f"{TEST_AUTO}rows_of_a_prompt_share_nothing_behind_dropout",),
+    ),
+    Fault(
+        "a config may promise more layers than there are",
+        AUTO,
+        "len(layers) < promised:",
+        "False:",
+        ("tests/transformers/test_other_models.py", "-k", "promises_more"),
+    ),
 ]

@@ -16,6 +16,10 @@ INIT = "hf_fastattn/__init__.py"
 GENERATE = "tests/transformers/test_families.py::test_generate_over_paged_cache_equals_eager"
 
 OWN_CACHES = "tests/transformers/test_caches.py::test_transformers_own_caches"
+PIECES = ("tests/transformers/test_masks.py", "-k", "pieces_of_one and llama")
+HIDES = ("tests/transformers/test_masks.py", "-k", "hides_cached and llama")
+OTHERS = "tests/transformers/test_other_models.py"
+LOOK = ("tests/transformers/test_masks.py", "-k", "looked_at")
 
 GLUE_FAULTS = [
     Fault(
@@ -406,5 +410,111 @@ GLUE_FAULTS = [
         " and wanted != torch.float64\n",
         "\n",
         ("tests/transformers/test_autocast.py::test_float64_is_left_alone",),
+    ),
+    Fault(
+        "a single column is real whatever the mask says",
+        MASKS,
+        "bool(attention_mask[:, -1].all()):",
+        "True:",
+        PIECES,
+    ),
+    Fault(
+        "a single column is looked at on a CPU only",
+        MASKS,
+        "not (look or attention_mask.is_cpu)",
+        "not attention_mask.is_cpu",
+        LOOK,
+    ),
+    Fault("a GPU is waited for at every token", MASKS, "not (look or attention_mask.is_cpu)", "False", LOOK),
+    Fault(
+        "the cache asks for a look at every token",
+        CACHE,
+        "int(single and not state.decoding and not state.behind)",
+        "int(single)",
+        ("tests/test_paged_cache.py::test_lengths_and_flags",),
+    ),
+    Fault(
+        "nobody looks at the first single column",
+        STATE,
+        "self.decoding = step.query_len == 1 and step.mask is None",
+        "self.decoding = True",
+        ("tests/test_paged_cache.py::test_lengths_and_flags",),
+    ),
+    Fault(
+        "a step like the one before, although its column is hidden",
+        STATE,
+        "self.behind or announced.hidden:",
+        "self.behind:",
+        ("tests/test_cache_machine.py", "-k", "TestGrowing and not Long"),
+    ),
+    Fault(
+        "models that compute attention themselves get our masks",
+        MASKS,
+        "    if attends_itself(config):\n",
+        "    if False:\n",
+        (OTHERS, "-k", "themselves"),
+    ),
+    Fault(
+        "models that compute attention themselves get handles",
+        CACHE,
+        " or attends_itself(self.config)\n",
+        "\n",
+        (OTHERS, "-k", "themselves"),
+    ),
+    Fault(
+        "a pass ends when a layer's first turn does",
+        ATTENTION,
+        'max(getattr(module, "layer_idx", 0), layer.layer_idx) == current',
+        'getattr(module, "layer_idx", 0) == current',
+        (OTHERS, "-k", "run_again"),
+    ),
+    Fault(
+        "modules decide what is causal (dense)",
+        ATTENTION,
+        "options._replace(causal=mask.dtype == torch.int8)",
+        "(options if mask.dtype == torch.int8 else options._replace(causal=False))",
+        (OTHERS, "-k", "see_ahead and dynamic"),
+    ),
+    Fault(
+        "modules decide what is causal (paged)",
+        ATTENTION,
+        "        options = options._replace(causal=True)\n",
+        "        pass\n",
+        (OTHERS, "-k", "see_ahead and paged"),
+    ),
+    Fault(
+        "modules decide what is causal behind a prompt",
+        MASKS,
+        'return bool(getattr(config, "use_bidirectional_attention", False))',
+        "return False",
+        (OTHERS, "-k", "see_ahead"),
+    ),
+    Fault(
+        "queries of padding see nothing",
+        ATTENTION,
+        "positions = None if step.rests else step.queries",
+        "positions = None if step.rests else step.positions",
+        HIDES,
+    ),
+    Fault(
+        "what a later mask hides is seen",
+        "hf_fastattn/device_tables.py",
+        "            self.show(step.seen, step.stored, step.lens)\n",
+        "            pass\n",
+        HIDES,
+    ),
+    Fault(
+        "a mask that shows what was not stored",
+        "hf_fastattn/columns.py",
+        "if bool((old & ~_extend(self.stored, num_seqs, self.count)).any()):",
+        "if False:",
+        ("tests/transformers/test_masks.py", "-k", "shows_a_padded"),
+    ),
+    Fault(
+        "the mask of a pass that failed stays",
+        STATE,
+        "                tables.show(self.padding.seen, self.padding.stored, self.tables.lens)\n",
+        "                pass\n",
+        ("tests/test_cache_failures.py", "-k", "mask_of_a_pass_that_failed"),
     ),
 ]

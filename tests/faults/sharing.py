@@ -320,4 +320,41 @@ SHARING_FAULTS = [
             "raise",
         ),
     ),
+    *_in(
+        STATE,
+        ("tests/transformers/test_compiled.py", "-k", "grows_keeps"),
+        (
+            "growth forgets what compiled steps stored",
+            "        self.sync()  # compiled steps are counted on the devices, whose tables are written anew\n",
+            "",
+        ),
+    ),
+    *_in(
+        POOL,
+        (TEST_SHARING, "-k", "left_the_blocks"),
+        (
+            "views of memory that a failed attempt to grow left behind",
+            "            for user in users:\n                user.renumber({})\n",
+            "",
+        ),
+    ),
+    *_in(
+        "hf_fastattn/device_tables.py",
+        (TEST_SHARING, "-k", "bounded"),
+        ("room for any number of shared prefixes", ", MOST_SHARED // len(rows))", ", 1 << 30)"),
+        (
+            "no room for the least of shared prefixes",
+            "MOST_SHARED // len(rows)), LEAST_SHARED)",
+            "MOST_SHARED // len(rows)), 1)",
+        ),
+    ),
+    *_in(
+        "hf_fastattn/ops/decode_attention.py",
+        ("tests/transformers/test_decode_graph.py", "-k", "static_cache"),
+        (
+            "a graph leaves its schedule behind",
+            "if schedule is None and block_table is None and torch.compiler.is_compiling():",
+            "if False:",
+        ),
+    ),
 ]

@@ -289,3 +289,10 @@ def python(cwd, script):
         [sys.executable, "-c", textwrap.dedent(script)], cwd=cwd, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_of_a_prompt_share_nothing_behind_dropout():
+    model = hf_fastattn.paged(build("llama", "fastattn"))
+    for training in (False, True):
+        out = generate(model.train(training), input_ids=prompt(), num_return_sequences=2, do_sample=True)
+        assert out[hf_fastattn.CACHE_NAME].state.group == (1 if training else 2)

@@ -19,6 +19,7 @@ from models import (
     under,
 )
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -27,16 +28,19 @@ from transformers import (
     CLIPVisionConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    DynamicCache,
     Gemma3Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     SiglipVisionConfig,
     WhisperConfig,
 )
 
-from hf_fastattn import PagedCache
+import hf_fastattn
+from hf_fastattn import PagedCache, fallback
 
 IMAGE = 60  # the image token, with 58 and 59 around it in Gemma 3
 _ENCODER_DECODER = {
@@ -176,6 +180,77 @@ def test_default_cache_equals_eager(make):
 def test_paged_cache_equals_eager(make):
     cache = _compare(make, paged)
     assert cache.get_seq_length() >= 25  # it was the cache that served
+
+
+def _dynamic(model):
+    return DynamicCache(config=model.config)
+
+
+_THEMSELVES = {
+    "megatron-bert": {"is_decoder": True},
+    "rembert": {"is_decoder": True},
+}
+
+
+@pytest.mark.parametrize("new_cache", [_dynamic, paged])
+@pytest.mark.parametrize("kind", _THEMSELVES)
+def test_models_that_compute_attention_themselves_get_the_masks_of_eager(kind, new_cache):
+    """They have never heard of attention functions, and took what ours understands for a mask to add."""
+    model, fast = (
+        build_from(AutoConfig.for_model(kind, **(_SIZES | _THEMSELVES[kind])), name) for name in ("eager", "fastattn")
+    )
+    fallback._warn.cache_clear()
+    inputs = left_padded(prompt(2, 9), 4, 0)
+    with pytest.warns(RuntimeWarning, match=f"models of type {kind} compute attention themselves"):
+        generate(fast, new_cache(fast), **inputs)
+    for beams in (1, 2):
+        out, eager, exact = (
+            generate(m, make(m), num_beams=beams, **inputs)
+            for m, make in ((fast, new_cache), (model, _dynamic), (in_float64(model), _dynamic))
+        )
+        check_logits(*(torch.stack(result.logits) for result in (out, eager, exact)))
+
+
+@pytest.mark.parametrize("new_cache", [_dynamic, paged])
+def test_modules_that_say_they_see_ahead_are_causal_where_the_mask_is(new_cache):
+    """PaliGemma's text model: sdpa leaves only whole prompts without padding to the modules."""
+    config = GemmaConfig(**_SIZES, head_dim=8, use_bidirectional_attention=True)
+    model, ids = build_from(config), prompt(2, 14)
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    ways = (model, "eager", _dynamic), (in_float64(model), "eager", _dynamic), (model, "fastattn", new_cache)
+    for shown in (None, mask):
+        results = []
+        for each, name, make in ways:
+            with under(each, name), torch.no_grad():
+                cache, logits = make(each), []
+                for begin, end in ((0, 1), (1, 9), (9, 10), (10, 14)):
+                    given = {} if shown is None else {"attention_mask": shown[:, :end]}
+                    logits.append(each(ids[:, begin:end], past_key_values=cache, **given).logits)
+                results.append(torch.cat(logits, 1)[mask.bool()])
+        eager, exact, got = results
+        check_logits(got, eager, exact)
+
+
+def test_a_config_that_promises_more_layers_than_there_are():
+    model = hf_fastattn.paged(build("llama", "fastattn", num_hidden_layers=3))
+    model.model.layers = model.model.layers[:2]
+    for cache in (None, paged(model)):
+        with pytest.raises(ValueError, match="has 2 layers, but its config says num_hidden_layers=3: lower it"):
+            generate(model, cache, input_ids=prompt())
+    model.config.num_hidden_layers = 2
+    assert generate(model, input_ids=prompt()).sequences.shape == (2, 26)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_layers_that_are_run_again_store_what_they_saw_each_time(beams):
+    """A forward pass ends with the last time that keys are stored, whatever the layer is called."""
+    config = AutoConfig.for_model("hrm_text", **(_SIZES | {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 2}))
+    model, inputs = build_from(config), left_padded(prompt(2, 9), 4, 0) | {"num_beams": beams}
+    eager, exact = generate(model, **inputs), generate(in_float64(model), **inputs)
+    with under(model):
+        out = generate(model, paged(model), **inputs)
+    check_logits(*(torch.stack(result.logits) for result in (out, eager, exact)))
 
 
 def test_images_see_each_other_both_ways():

@@ -1,0 +1,41 @@
+"""Models that compute attention themselves, as some of transformers' older ones do, whatever they were asked for.
+
+transformers lets them ask for any implementation that is registered, and hands its masks to them. What our attention
+function understands would be a wrong mask to them: they get eager attention's.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+_known: dict[str, bool] = {}
+
+
+def attends_itself(config: Any) -> bool:
+    """Return whether models of a config's type never call an attention function.
+
+    Args:
+        config: a model's, or that of its text part. Where it is None, of a type that transformers does not know, or
+            first seen while a graph is traced, the answer is no.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind is None:
+        return False
+    if kind not in _known and not torch.compiler.is_compiling():
+        _known[kind] = _look(kind)
+    return _known.get(kind, False)
+
+
+def _look(kind: str) -> bool:
+    """Look whether the code of the models of a type knows of attention functions."""
+    for mapping in (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        names = mapping.get(kind) or ()
+        for name in (names,) if isinstance(names, str) else names:
+            model = getattr(transformers, name, None)
+            if model is not None:
+                known = hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS")
+                return not (known or getattr(model, "_supports_attention_backend", True))
+    return False
