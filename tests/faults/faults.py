@@ -46,7 +46,6 @@ class Fault:
         return self.tests[0].startswith("tests/interpret/")
 
 
-_RESET = "self.step, self.behind, self.unsynced = None,"
 _GRAD = "if torch.is_grad_enabled():"
 
 
@@ -212,7 +211,7 @@ FAULTS = [
         VIEWS,
         ("views of yesterday", "        self.views.clear()\n", ""),
         ("steps repeated over other tables", "self._runs, self.steady = False, None", "self._runs = False"),
-        ("steps repeated after a reset", "self.step, self.steady, self.behind, self.unsynced = None, None,", _RESET),
+        ("steps repeated after a reset", "= None, None, False, 0, False", "= None, self.steady, False, 0, False"),
         ("steps repeated on more devices", "        self.steady = None\n        self.devices", "        self.devices"),
         ("steps repeated behind the device", "if last is None or self.behind or", "if last is None or"),
         ("steps repeated with other layers", "or last.last_layer != num_layers - 1:", "or False:"),
@@ -280,8 +279,8 @@ FAULTS = [
         ),
         (
             "padding stored",
-            "positions = torch.where(stored, past[:, None] + stored.cumsum(1) - 1, -1)",
-            "positions = (past[:, None] + torch.arange(step.query_len))",
+            "step.positions = torch.where(stored, step.queries, -1)",
+            "step.positions = (past[:, None] + torch.arange(step.query_len)).to(torch.int32)",
         ),
         ("holes compacted under a window", "stored = new if not self.keep_hidden else", "stored = new if True else"),
         (

@@ -138,8 +138,8 @@ GENERATE_FAULTS = [
     Fault(
         "methods replaced on the object unseen",
         GENERATE,
-        'getattr(getattr(model, name), "__func__", None)',
-        "getattr(type(model), name)",
+        "return name in vars(model) or",
+        "return",
         _test(LOOP_TESTS, "test_methods_replaced_on_the_object_are_heeded", "test_prefix_tuning"),
     ),
     Fault(

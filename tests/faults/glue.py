@@ -79,7 +79,7 @@ GLUE_FAULTS = [
     Fault(
         "positions of padded chunks dropped",
         ATTENTION,
-        "positions = None if step.rests else step.positions\n",
+        "positions = None if step.rests else step.queries\n",
         "positions = None\n",
         (f"{GENERATE}[llama-chunked_holes]",),
     ),
