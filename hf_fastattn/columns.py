@@ -183,6 +183,15 @@ class Columns:
             self.seen, self.stored = (_extend(known, len(finished), self.count) for known in (self.seen, self.stored))
             self.seen[emptied] = self.stored[emptied] = False
 
+    def prefix(self, row: int) -> list[int]:
+        """Return the columns of a sequence's first tokens: up to one that is stored but hidden."""
+        if self.seen is None:
+            return list(range(self.count))
+        stored = _extend(self.stored, len(self.seen), self.count)[row].tolist()
+        seen = _extend(self.seen, len(self.seen), self.count)[row].tolist()
+        end = next((i for i in range(self.count) if stored[i] and not seen[i]), self.count)
+        return [i for i in range(end) if stored[i]]
+
     def tokens_in(self, columns: int, lens: Sequence[int]) -> list[int]:
         """Return how many of each sequence's tokens lie in the first columns; lens: all its tokens."""
         if self.stored is None:

@@ -147,7 +147,7 @@ def _causal_for_sure(
     attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any
 ) -> Tensor | None:
     """Return a mask that is causal whatever the modules say; None where sdpa leaves the pattern to them."""
-    if columns == q_length and (attention_mask is None or bool(attention_mask.all())):
+    if columns == q_length and (attention_mask is None or _is_all_ones(attention_mask)):
         return None
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
@@ -156,7 +156,12 @@ def _causal_for_sure(
 
 def _hides_nothing(attention_mask: Tensor) -> bool:
     """Whether no column is hidden, where asking costs nothing: a GPU would have to be waited for."""
-    return attention_mask.is_cpu and not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return attention_mask.is_cpu and _is_all_ones(attention_mask)
+
+
+def _is_all_ones(attention_mask: Tensor) -> bool:
+    """Whether no column is hidden, as far as a graph that is traced may know."""
+    return not torch.compiler.is_compiling() and bool(attention_mask.all())
 
 
 def _key_padding(attention_mask: Tensor) -> Tensor:

@@ -179,16 +179,7 @@ class PrefixStore:
             return 0
         for row, blocks in enumerate(state.tables.rows):
             tokens = token_ids[row, : state.columns].tolist()
-            seen = state.padding.seen
-            if seen is not None:
-                visible = seen[row].tolist() + [True] * (state.columns - seen.shape[1])
-                start = visible.index(True) if True in visible else len(visible)
-                end = visible.index(False, start) if False in visible[start:] else len(visible)
-                if state.padding.keep_hidden:  # what follows a hole lies behind it in the blocks too
-                    tokens = tokens[start:end]
-                else:
-                    tokens = [token for token, real in zip(tokens, visible, strict=True) if real]
-            new += self._insert(root, tokens, blocks)
+            new += self._insert(root, [tokens[column] for column in state.padding.prefix(row)], blocks)
         self._evict(self._kept() - self.max_tokens // self.pool.block_size)
         return new
 

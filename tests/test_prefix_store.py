@@ -67,6 +67,19 @@ def check_pool(store, *caches):
     assert owners == [ids.num_owners(block) for block in range(ids.num_blocks)]
 
 
+def test_what_a_later_mask_hides_ends_what_is_kept(llama, store):
+    """Its keys lie between those of other tokens: nothing behind it is the prefix of anything."""
+    ids, mask = tokens(2, 64), torch.ones(2, 64, dtype=torch.long)
+    mask[0, 20:30] = 0
+    cache = store.cache(ids)
+    llama.fast(ids[:, :40], past_key_values=cache)
+    llama.fast(ids[:, 40:], past_key_values=cache, attention_mask=mask)
+    store.add(cache, ids)
+    assert Turn(llama, store, ids[:1][mask[:1].bool()][None], add=False).hits == 20
+    assert Turn(llama, store, ids[1:], add=False).hits == 63
+    check_pool(store, cache)
+
+
 def test_a_second_turn_computes_only_what_is_new(llama, store):
     first = Turn(llama, store, tokens(1, 50))
     assert first.prefilled == 50
