@@ -106,14 +106,14 @@ class Columns:
         """Decide which new columns of a forward pass are stored, and where.
 
         Args:
-            step: the pass, which gets positions, mask, lens, seen, stored and rests.
+            step: the pass, which gets positions, queries, changes, mask, lens, seen, stored and rests.
             lens: tokens stored of each sequence.
             mask: (num_seqs, columns so far + query_len), non-zero where a column may be seen; None for all.
             mask_known: False if somebody else masks: all new columns are stored, and earlier ones are not compared.
             group: so many consecutive sequences have to have the same new columns.
 
         Raises:
-            ValueError: a mask that does not belong to the columns so far.
+            ValueError: a mask that does not belong to the columns so far, or shows some that were not stored.
         """
         num_seqs = len(lens)
         if mask is None and mask_known and step.query_len == 1 and self.count and self.finished is not None:
