@@ -76,6 +76,7 @@ def test_what_a_later_mask_hides_ends_what_is_kept(llama, store):
     llama.fast(ids[:, 40:], past_key_values=cache, attention_mask=mask)
     store.add(cache, ids)
     assert Turn(llama, store, ids[:1][mask[:1].bool()][None], add=False).hits == 20
+    assert Turn(llama, store, ids[:1], add=False).hits == 20
     assert Turn(llama, store, ids[1:], add=False).hits == 63
     check_pool(store, cache)
 

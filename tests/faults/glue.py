@@ -157,7 +157,7 @@ GLUE_FAULTS = [
         "hf_fastattn/columns.py",
         "not torch.equal(before, old)",
         "False",
-        ("tests/transformers/test_masks.py::test_mask_that_hides_a_cached_column_raises",),
+        HIDES,
     ),
     Fault(
         "dense view counts tokens, not columns",
