@@ -163,7 +163,7 @@ def _attend_blocks(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, step: Step, tables: DeviceTables, options: AttentionOptions
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
-    positions = None if step.rests else step.queries
+    positions = step.queries
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
         given: dict[str, Any] = {
             "block_table": tables.block_table,

@@ -26,7 +26,7 @@ class Step:
         positions: (num_seqs, query_len) int32, position of each new column in its sequence, -1 where it is not stored;
             None when every column is stored.
         queries: like positions, for what the new columns' queries see: one that is not stored stands at the last column
-            before it that is.
+            before it that is. None too where sequences rest.
         changes: the mask hides columns that are stored, or shows some again: all that may be seen is to be told anew.
         mask: (num_seqs, query_len) int8, non-zero where the new column may be seen; None when all may.
         lens: tokens of each sequence, those of this pass included; empty in a compiled graph, where only the device

@@ -79,7 +79,7 @@ GLUE_FAULTS = [
     Fault(
         "positions of padded chunks dropped",
         ATTENTION,
-        "positions = None if step.rests else step.queries\n",
+        "positions = step.queries\n",
         "positions = None\n",
         (f"{GENERATE}[llama-chunked_holes]",),
     ),
@@ -492,8 +492,8 @@ GLUE_FAULTS = [
     Fault(
         "queries of padding see nothing",
         ATTENTION,
-        "positions = None if step.rests else step.queries",
-        "positions = None if step.rests else step.positions",
+        "positions = step.queries\n",
+        "positions = step.positions\n",
         HIDES,
     ),
     Fault(
