@@ -20,8 +20,8 @@ from .kv_pool import persistent
 LEAST_SHARED = 8
 """Shared prefixes that there is room for at least, once there is one."""
 
-MOST_SHARED = 8192
-"""Shared prefixes times sequences that there is room for: kernels keep partial results for each pair of them."""
+MOST_SHARED = 256
+"""Shared prefixes that there is room for at most: one program reads them, one after the other, in every decode step."""
 
 MAX_KEPT = 16
 """Sets of device tables that a pool keeps for caches of the same sizes to come."""
@@ -173,7 +173,7 @@ class DeviceTables:
         shared = common_prefixes(rows, num_full)
         if shared:
             outer = sum(entry[2] == 0 for entry in shared)
-            room = max(min(1 << (outer - 1).bit_length(), MOST_SHARED // len(rows)), LEAST_SHARED)
+            room = max(min(1 << (outer - 1).bit_length(), MOST_SHARED), LEAST_SHARED)
             room = min(room, len(rows) - 1)
             if self.shared_prefixes is None or room > len(self.shared_prefixes):
                 self.shared_prefixes = torch.zeros(room, 4, dtype=torch.int32, device=self.device)

@@ -155,7 +155,7 @@ def test_every_choice_of_tiles_cuts_and_sharing_has_a_shape_of_its_own():
     plans += [make_plan(q, k, k, table, None, True, config=c)[1] for c in configs]
     assert len({plan.shape for plan in plans}) == len(plans)
     for plan in plans:
-        words = 8 + 4 * plan.num_programs + 8 * (2 + plan.num_shared) + 2 + 2 * 2 * plan.row_tiles
+        words = 8 + 4 * plan.num_programs + 9 * (2 + plan.num_shared) + 2 + 2 * 2 * plan.row_tiles
         assert plan.shape[0] * plan.shape[1] >= words
 
 

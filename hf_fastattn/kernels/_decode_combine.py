@@ -47,13 +47,13 @@ def store_partial(acc_ptr, stats_ptr, acc, m_i, l_i, part, real, V_HEAD_DIM, BLO
 
 
 @triton.jit
-def first_row(is_shared, segment, unit, piece, units, member, rows, num_shared, shared_rows, BLOCK_M, SLOT_ROWS):
+def first_row(schedule_ptr, is_shared, segment, unit, piece, member, rows, shared_rows, BLOCK_M, SLOT_ROWS):
     """Return the first row of a sequence's partial result, and the distance to that of the next piece.
 
-    A slot is unit + program: along a list one of both rises from piece to piece, so that no two pieces share one.
-    shared_rows: rows of all shared slots, behind which the sequences' own lie.
+    A slot is unit + program, with the units of the segments before: along a list one of both rises from piece to piece,
+    so that no two pieces share one. shared_rows: rows of all shared slots, behind which the sequences' own lie.
     """
-    slot = (segment - tl.where(is_shared, 0, num_shared)) * units + unit + piece
+    slot = tl.load(segment_words(schedule_ptr, segment) + 8) + unit + piece
     members_per_tile = tl.maximum(BLOCK_M // rows, 1)
     in_shared = slot * BLOCK_M + member % members_per_tile * rows
     in_own = shared_rows + slot * SLOT_ROWS
@@ -72,7 +72,6 @@ def combine(
     row_tile,
     rows,
     query_len,
-    num_seqs,
     num_shared,
     num_kv_heads,
     shared_rows,
@@ -109,17 +108,13 @@ def combine(
         if INVARIANT:
             first = unit * (MAX_PIECES - 1)
             pieces = tl.cdiv(num_tiles, own_piece(num_tiles))
-            units = num_kv_heads * row_tiles * MAX_PIECES
         else:
             item = tl.load(words) + unit * num_tiles
             total = tl.load(schedule_ptr + tl.where(is_shared, 0, 1))
             first = range_of(item, total, programs)
             pieces = range_of(item + num_tiles - 1, total, programs) + 1 - first
-            units = num_kv_heads * row_tiles
-            if is_shared:
-                units *= tl.cdiv(num_seqs, members_per_tile)
         begin, step = first_row(
-            is_shared, segment, unit, first, units, member, rows, num_shared, shared_rows, BLOCK_M, SLOT_ROWS
+            schedule_ptr, is_shared, segment, unit, first, member, rows, shared_rows, BLOCK_M, SLOT_ROWS
         )
         for start in range(0, pieces, AT_ONCE):
             piece = start + tl.arange(0, AT_ONCE)

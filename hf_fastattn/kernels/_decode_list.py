@@ -2,9 +2,9 @@
 
 A schedule is int32: a header [tiles of the shared list, of the own list, shared segments, rows of a sequence, where the
 segments, the needed tiles and the counters begin]; for each program its first tile and segment in either list; segments
-of 8 words (first tile in the list, first KV tile, KV tiles, first sequence, sequences, first key, end of the keys,
-parent), the shared ones before one for each sequence; for each sequence the tiles that its result needs; a counter of
-those done for each sequence, kv head and row tile.
+of 9 words (first tile in the list, first KV tile, KV tiles, first sequence, sequences, first key, end of the keys,
+parent, first slot), the shared ones before one for each sequence; for each sequence the tiles that its result needs; a
+counter of those done for each sequence, kv head and row tile.
 """
 
 import triton

@@ -20,8 +20,11 @@ INVARIANT_MIN_TILES = 8
 INVARIANT_MAX_PIECES = 32
 """A batch-invariant sequence is cut by its own length alone: into at most 32 pieces, of at least 8 tiles."""
 
-HEADER_WORDS, PROGRAM_WORDS, SEGMENT_WORDS = 8, 4, 8
+HEADER_WORDS, PROGRAM_WORDS, SEGMENT_WORDS = 8, 4, 9
 """int32 words of a schedule's parts, see kernels/decode_schedule.py."""
+
+SHARED_LEVELS = 8
+"""Shared prefixes behind each other that there is room for the partial results of, see Plan.shared_units."""
 
 SOFTMAXES = ("lazy", "fixed", "online")
 
@@ -96,13 +99,19 @@ class Plan:
 
     @property
     def shared_units(self) -> int:
-        """Most units (row tiles of a kv head) of one shared prefix."""
-        return self.num_kv_heads * -(-self.num_seqs // self.members_per_tile) * self.row_tiles
+        """Most units (row tiles of a kv head) that all shared prefixes may have; with more, nothing is shared.
+
+        Prefixes side by side take at most a tile each besides those of all sequences. Behind each other,
+        SHARED_LEVELS of them have room that all sequences share.
+        """
+        tiles = -(-self.num_seqs // self.members_per_tile)
+        most = min(self.num_shared * tiles, self.num_shared + SHARED_LEVELS * tiles)
+        return self.num_kv_heads * self.row_tiles * most
 
     @property
     def shared_rows(self) -> int:
         """Rows of partial results over shared prefixes: a slot for each unit and one more for each program."""
-        return (self.num_shared * self.shared_units + self.num_programs) * self.block_m if self.num_shared else 0
+        return (self.shared_units + self.num_programs) * self.block_m if self.num_shared else 0
 
     @property
     def partial_rows(self) -> int:
@@ -219,6 +228,7 @@ class Segment:
         first_seq, num_seqs: the sequences whose queries are its rows.
         key_begin, key_end: its keys.
         parent: index of the shared segment that holds the keys before, -1 if none does.
+        first_slot: units of the segments before it in its list, with the most pieces of each if that is bounded.
         units: kv heads times row tiles.
     """
 
@@ -230,6 +240,7 @@ class Segment:
     key_begin: int
     key_end: int
     parent: int
+    first_slot: int
     units: int
 
 
@@ -248,7 +259,7 @@ def work(
         return max(max(seq_lens[seq] - query_len, 0) + 1 - window, 0)
 
     shared: list[Segment] = []
-    item = 0
+    item = slot = 0
     for first, count, first_block, end_block in shared_prefixes:
         if count <= 0:
             continue
@@ -258,8 +269,10 @@ def work(
         if begin >= end:
             continue
         units = plan.num_kv_heads * -(-count // plan.members_per_tile) * plan.row_tiles
-        shared.append(Segment(item, low, high - low, first, count, begin, end, -1, units))
-        item += (high - low) * units
+        shared.append(Segment(item, low, high - low, first, count, begin, end, -1, slot, units))
+        item, slot = item + (high - low) * units, slot + units
+    if slot > plan.shared_units:
+        shared, item = [], 0
     total_shared = item
 
     def parent_of(seq: int, begin: int) -> int:
@@ -267,15 +280,16 @@ def work(
         return max((i for i in holding if shared[i].key_end <= begin), key=lambda i: shared[i].key_end, default=-1)
 
     shared = [Segment(**{**vars(s), "parent": parent_of(s.first_seq, s.key_begin)}) for s in shared]
-    own, item = [], 0
+    own, item, slot = [], 0, 0
+    units = plan.num_kv_heads * plan.row_tiles
     for seq, seq_len in enumerate(seq_lens):
         parent = parent_of(seq, NO_WINDOW)
         begin = max(oldest(seq), shared[parent].key_end if parent >= 0 else 0)
         low = begin // plan.block_n
         count = max(-(-seq_len // plan.block_n) - low, 1)
-        units = plan.num_kv_heads * plan.row_tiles
-        own.append(Segment(item, low, count, seq, 1, begin, seq_len, parent, units))
+        own.append(Segment(item, low, count, seq, 1, begin, seq_len, parent, slot, units))
         item += count * units
+        slot += units * (INVARIANT_MAX_PIECES if plan.batch_invariant else 1)
     tiles = [
         share(plan.num_programs - 1 - program, total_shared, plan.num_programs)
         + share(program, item, plan.num_programs)

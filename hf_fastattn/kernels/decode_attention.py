@@ -29,8 +29,7 @@ from ._softmax import LOG2_E
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "shared_rows"]
-_UNSPECIALIZED += ["stride_table_seq", "stride_mask_seq"]
+_UNSPECIALIZED = ["query_len", "window", "max_len", "num_shared", "shared_rows", "stride_table_seq", "stride_mask_seq"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -52,7 +51,6 @@ def _decode_kernel(
     window,
     query_len,
     max_len,
-    num_seqs,
     num_shared,
     shared_rows,
     num_kv_heads,
@@ -182,14 +180,10 @@ def _decode_kernel(
             else:
                 if INVARIANT:
                     piece = unit * (MAX_PIECES - 1) + first // own_piece(num_tiles)
-                    units = num_kv_heads * row_tiles * MAX_PIECES
                 else:
                     piece = index
-                    units = num_kv_heads * row_tiles
-                    if is_shared:
-                        units *= tl.cdiv(num_seqs, members_per_tile)
                 begin, _ = first_row(
-                    is_shared, segment, unit, piece, units, 0, rows, num_shared, shared_rows, BLOCK_M, SLOT_ROWS
+                    schedule_ptr, is_shared, segment, unit, piece, 0, rows, shared_rows, BLOCK_M, SLOT_ROWS
                 )
                 store_partial(acc_ptr, stats_ptr, acc, m_i, l_i, begin + i, real, V_HEAD_DIM, BLOCK_DV)
                 first_seq += member_tile * members_per_tile
@@ -201,7 +195,7 @@ def _decode_kernel(
                         if tl.max(tl.where(tl.arange(0, MEMBERS) == member, complete, 0), 0) > 0:
                             combine(
                                 *(out_ptr, sinks_ptr, acc_ptr, stats_ptr, schedule_ptr, first_seq + member, kv_head),
-                                *(row_tile, rows, query_len, num_seqs, num_shared, num_kv_heads, shared_rows),
+                                *(row_tile, rows, query_len, num_shared, num_kv_heads, shared_rows),
                                 *(GROUP, V_HEAD_DIM, BLOCK_M, BLOCK_DV, SLOT_ROWS, INVARIANT, AT_ONCE),
                             )
             item += end - first
@@ -346,7 +340,7 @@ def _prepare(
     scalars = (
         *((2.0 * scale / softcap, softcap * LOG2_E.value) if softcap > 0.0 else (scale, 0.0)),
         *(cfg.phi * LOG2_E.value, min(window, NO_WINDOW), query_len, max_len),
-        *(num_seqs, plan.num_shared, plan.shared_rows, num_kv_heads),
+        *(plan.num_shared, plan.shared_rows, num_kv_heads),
         *(*q.stride(), *k.stride(), *v.stride()),
         *((0, 0) if block_table is None else block_table.stride()),
         *((0, 0) if key_mask is None else key_mask.stride()),

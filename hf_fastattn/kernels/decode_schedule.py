@@ -17,6 +17,7 @@ from hf_fastattn.ops.shapes import NO_WINDOW
 from ._decode_list import (
     COUNTERS_AT,
     HEADER_WORDS,
+    MAX_PIECES,
     NEEDED_AT,
     PROGRAM_WORDS,
     ROWS_AT,
@@ -37,13 +38,14 @@ if TYPE_CHECKING:
     from ._compile import CompileCase
 
 _UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "num_kv_heads", "num_programs", "rows"]
+_UNSPECIALIZED += ["most_units"]
 
 _MAXNREG = 128
 """Registers per thread: one program has plenty, and ptxas would spill to make room for more."""
 
 
 @triton.jit
-def _write_segment(words, first_item, low, num_tiles, first_seq, num_seqs, key_begin, key_end, parent, mask):
+def _write_segment(words, first_item, low, num_tiles, first_seq, num_seqs, key_begin, key_end, parent, slot, mask):
     tl.store(words, first_item, mask=mask)
     tl.store(words + 1, low, mask=mask)
     tl.store(words + 2, num_tiles, mask=mask)
@@ -52,6 +54,7 @@ def _write_segment(words, first_item, low, num_tiles, first_seq, num_seqs, key_b
     tl.store(words + 5, key_begin, mask=mask)
     tl.store(words + 6, key_end, mask=mask)
     tl.store(words + 7, parent, mask=mask)
+    tl.store(words + 8, slot, mask=mask)
 
 
 @triton.jit
@@ -78,13 +81,18 @@ def _list_shared(
     num_kv_heads,
     row_tiles,
     members_per_tile,
+    most_units,
     BLOCK_N: tl.constexpr,
     KV_BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the shared segments that somebody sees, without gaps; return how many there are and their tiles."""
+    """Write the shared segments that somebody sees, without gaps; return how many there are and their tiles.
+
+    None at all if there is no room for their partial results: without one, those behind it would miss keys.
+    """
     count = 0
     total = 0
+    first_unit = 0
     for entry in range(num_shared):
         first = tl.load(shared_ptr + entry * 4)
         members = tl.minimum(tl.load(shared_ptr + entry * 4 + 1), num_seqs - first)
@@ -95,10 +103,13 @@ def _list_shared(
         num_tiles = tl.cdiv(end, BLOCK_N) - low
         if (members > 0) & (begin < end):
             words = segment_words(schedule_ptr, count)
-            _write_segment(words, total, low, num_tiles, first, members, begin, end, -1, True)
-            total += num_tiles * num_kv_heads * tl.cdiv(members, members_per_tile) * row_tiles
+            _write_segment(words, total, low, num_tiles, first, members, begin, end, -1, first_unit, True)
+            units = num_kv_heads * tl.cdiv(members, members_per_tile) * row_tiles
+            total += num_tiles * units
+            first_unit += units
             count += 1
-    return count, total
+    fits = (first_unit <= most_units).to(tl.int32)
+    return count * fits, total * fits
 
 
 @triton.jit
@@ -181,6 +192,7 @@ def _schedule_kernel(
     num_kv_heads,
     num_programs,
     rows,
+    most_units,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KV_BLOCK_SIZE: tl.constexpr,
@@ -190,7 +202,8 @@ def _schedule_kernel(
     """Write the whole schedule; grid (1,), of which every step is spread over the threads.
 
     seq_lens_ptr (num_seqs,) or None: all have max_len keys; shared_ptr (num_shared, 4) or None. num_programs is that of
-    the attention kernel. What is written is read again behind a barrier.
+    the attention kernel, most_units what shared segments may have together. What is written is read again behind a
+    barrier.
     """
     row_tiles = tl.cdiv(rows, BLOCK_M)
     members_per_tile = tl.maximum(BLOCK_M // rows, 1)
@@ -222,6 +235,7 @@ def _schedule_kernel(
             num_kv_heads,
             row_tiles,
             members_per_tile,
+            most_units,
             BLOCK_N,
             KV_BLOCK_SIZE,
             BLOCK,
@@ -251,7 +265,8 @@ def _schedule_kernel(
         items = tl.where(known, num_tiles * units, 0)
         first_item = own_total + tl.cumsum(items, 0) - items
         words = segment_words(schedule_ptr, num_shared + seq)
-        _write_segment(words, first_item, low, num_tiles, seq, 1, begin, seq_len, parent, known)
+        slot = seq * units * (MAX_PIECES if INVARIANT else 1)
+        _write_segment(words, first_item, low, num_tiles, seq, 1, begin, seq_len, parent, slot, known)
         words = needed_words(schedule_ptr, seq)
         tl.store(words, tiles + num_tiles, mask=known)
         own_total += tl.sum(items, 0)
@@ -324,7 +339,7 @@ def _prepare(plan: Plan, q: Tensor, k: Tensor, block_table: Tensor | None, windo
     max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
     scalars = (
         *(q.shape[2], min(window, NO_WINDOW), max_len),
-        *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.rows),
+        *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.rows, plan.shared_units),
     )
     constants = {
         "BLOCK_M": plan.block_m,

@@ -47,6 +47,7 @@ DECODE_FAULTS = [
         COMBINE,
         TREES,
         ("parents forgotten", "segment = tl.load(words + 7)", "segment = -1"),
+        ("prefixes side by side share slots", "tl.load(segment_words(schedule_ptr, segment) + 8) + unit", "unit"),
         ("another member's rows combined", "member % members_per_tile * rows", "0 * rows"),
     ),
     *_faults(
@@ -91,6 +92,11 @@ DECODE_FAULTS = [
             "counters not zeroed",
             "tl.store(words, tl.zeros([BLOCK], tl.int32), mask=counter < num_seqs * units)",
             "pass",
+        ),
+        (
+            "prefixes without room for their results",
+            "fits = (first_unit <= most_units).to(tl.int32)",
+            "fits = (first_unit >= 0).to(tl.int32)",
         ),
     ),
     *_faults(

@@ -136,6 +136,22 @@ def test_shared_prefixes_at_other_tile_sizes(softmax, block_n, block_m):
     tree(4, kv_heads=2).check(5, block_n, block_m=block_m, softmax=softmax)
 
 
+@pytest.mark.parametrize("num_programs", [1, 5, 40])
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_many_shared_prefixes_side_by_side(query_len, num_programs):
+    """Six pairs and a group of four behind a prefix of all: every group has partial results of its own."""
+    entries = [[0, 16, 0, 1], *([2 * i, 2, 1, 3] for i in range(6)), [12, 4, 1, 2]]
+    call = Call(range(52, 68), heads=4, kv_heads=2, query_len=query_len).share(*entries)
+    call.check(num_programs, block_m=8)
+
+
+@pytest.mark.parametrize("levels", [8, 20])
+def test_prefixes_behind_each_other(levels):
+    """Of 8 there are partial results, of 20 not: then each sequence reads all its keys."""
+    call = Call([16 * levels + 3 + seq for seq in range(5)], heads=2, kv_heads=1)
+    call.share(*([0, 5, level, level + 1] for level in range(levels))).check(6, block_m=4)
+
+
 @pytest.mark.parametrize("window", [1, 17, 40, 60, 1000])
 @pytest.mark.parametrize("num_programs", [1, 6])
 def test_shared_prefixes_under_a_window(window, num_programs):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fastattn.kernels import decode_schedule
-from hf_fastattn.kernels._decode_plan import DecodeConfig, Segment, make_plan, share, work
+from hf_fastattn.kernels._decode_plan import SHARED_LEVELS, DecodeConfig, Segment, make_plan, share, work
 from hf_fastattn.ops.shapes import NO_WINDOW
 
 from .decode_call import poisoned_new_empty
@@ -57,7 +57,7 @@ class Written:
         self.totals, self.count = words[:2], words[2]
         self.starts = [words[8 + 4 * i : 12 + 4 * i] for i in range(num_programs)]
         begin, needed, counters = words[4:7]
-        self.segments = [words[begin + 8 * i : begin + 8 * i + 8] for i in range(len(entries) + len(lens))]
+        self.segments = [words[begin + 9 * i : begin + 9 * i + 9] for i in range(len(entries) + len(lens))]
         self.shared, self.own = self.segments[: self.count], self.segments[len(entries) :]
         self.needed = words[needed : needed + len(lens)]
         self.counters = words[counters : counters + len(lens) * kv_heads * self.plan.row_tiles]
@@ -114,6 +114,24 @@ def test_shared_prefixes(tile, window):
     entries = [(0, 6, 0, 3), (0, 0, 0, 0), (1, 2, 3, 4), (3, 3, 3, 5), (3, 2, 5, 6), (6, 2, 0, 1)]
     lens = (100, 70, 80, 120, 130, 99, 20, 17)
     check(Written(lens, entries, num_programs=7, window=window, tile=tile, kv_heads=2, heads=4))
+
+
+@pytest.mark.parametrize("num_programs", [1, 11])
+def test_many_prefixes_side_by_side_have_slots_of_their_own(num_programs):
+    """Pairs, a triple and the rest: as many units as there are tiles of members, not as entries times sequences."""
+    entries = [(2 * i, 2, 0, 1) for i in range(6)] + [(12, 3, 0, 2), (15, 5, 0, 1)]
+    written = Written((40,) * 20, entries, num_programs=num_programs, kv_heads=2, heads=4)
+    check(written)
+    assert written.plan.members_per_tile == 2
+    assert [words[8] for words in written.shared] == [0, 2, 4, 6, 8, 10, 12, 16]
+
+
+@pytest.mark.parametrize("levels", [SHARED_LEVELS, 2 * SHARED_LEVELS])
+def test_prefixes_behind_each_other_are_shared_as_far_as_there_is_room(levels):
+    entries = [(0, 20, level, level + 1) for level in range(levels)]
+    written = Written([16 * levels + seq for seq in range(20)], entries)
+    check(written)
+    assert len(written.shared) == (levels if levels == SHARED_LEVELS else 0)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
