@@ -150,16 +150,19 @@ def test_a_scale_that_is_not_positive_goes_to_pytorch(scale):
     check(q, k, v, softmax_scale=scale, block_table=table, seq_lens=seq_lens)
 
 
-def shared_tree(query_len=1):
-    """Return a call whose six sequences share 20 blocks, and the first four of them 9 more."""
-    lens = [64 * 30 + 5 * i for i in range(6)]
+def sharing(lens, entries, query_len=1):
+    """Return a call whose sequences share blocks as the entries say."""
     k, v, table, seq_lens = paged(lens, kv_heads=8, dim=128)
-    entries = torch.tensor([[0, 6, 0, 20], [0, 0, 0, 0], [0, 4, 20, 29]], dtype=torch.int32, device=DEVICE)
-    for first, count, begin, end in entries.tolist():
-        if count:
-            table[first : first + count, begin:end] = table[first, begin:end].clone()
+    for first, count, begin, end in entries:
+        table[first : first + count, begin:end] = table[first : first + 1, begin:end].clone()
+    entries = torch.tensor(entries, dtype=torch.int32, device=DEVICE)
     options = {"softmax_scale": 128**-0.5, "block_table": table, "seq_lens": seq_lens, "shared_prefixes": entries}
     return queries(len(lens), 32, query_len, 128), k, v, options
+
+
+def shared_tree(query_len=1):
+    """Return a call whose six sequences share 20 blocks, and the first four of them 9 more."""
+    return sharing([64 * 30 + 5 * i for i in range(6)], [[0, 6, 0, 20], [0, 0, 0, 0], [0, 4, 20, 29]], query_len)
 
 
 @pytest.mark.parametrize("query_len", [1, 4, 16])
@@ -167,6 +170,11 @@ def shared_tree(query_len=1):
 def test_shared_prefixes(query_len, window):
     q, k, v, options = shared_tree(query_len)
     check(q, k, v, window=window, **options)
+
+
+def test_many_prompts_of_eight_samples():
+    q, k, v, options = sharing([64 * 4 + 3 * i for i in range(256)], [[8 * i, 8, 0, 1 + i % 4] for i in range(32)])
+    check(q, k, v, **options)
 
 
 @pytest.mark.parametrize("scale", [500.0, 1e4])
