@@ -21,7 +21,7 @@ LEAST_SHARED = 8
 """Shared prefixes that there is room for at least, once there is one."""
 
 MOST_SHARED = 256
-"""Shared prefixes that there is room for at most: one program reads them, one after the other, in every decode step."""
+"""Shared prefixes that there is room for at most: in every decode step one program goes through them."""
 
 MAX_KEPT = 16
 """Sets of device tables that a pool keeps for caches of the same sizes to come."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "num_kv_heads", "num_programs", "rows"]
 _UNSPECIALIZED += ["most_units"]
 
-_MAXNREG = 128
+_MAXNREG = 255
 """Registers per thread: one program has plenty, and ptxas would spill to make room for more."""
 
 
@@ -58,13 +58,16 @@ def _write_segment(words, first_item, low, num_tiles, first_seq, num_seqs, key_b
 
 
 @triton.jit
-def _oldest_of_members(seq_lens_ptr, first, count, query_len, window, max_len, BLOCK: tl.constexpr):
-    """Return the first key that some query of some member sees."""
-    oldest = max_len
-    for start in range(0, count, BLOCK):
-        member = start + tl.arange(0, BLOCK)
-        seq_len = tl.minimum(tl.load(seq_lens_ptr + first + member, mask=member < count, other=max_len), max_len)
-        oldest = tl.minimum(oldest, tl.min(oldest_key(seq_len, query_len, window), 0))
+def _oldest_of_members(seq_lens_ptr, first, members, query_len, window, max_len, ENTRIES: tl.constexpr):
+    """Return the first key that some query of some member of each entry sees; first, members and that: [ENTRIES]."""
+    limited = (window < max_len).to(tl.int32)  # else every member sees from the first key on
+    oldest = tl.zeros([ENTRIES], tl.int32) + limited * max_len
+    for start in range(0, limited * tl.max(members, 0), ENTRIES):
+        member = start + tl.arange(0, ENTRIES)
+        seq_len = tl.load(  # [entries, members]
+            seq_lens_ptr + first[:, None] + member[None, :], mask=member[None, :] < members[:, None], other=max_len
+        )
+        oldest = tl.minimum(oldest, tl.min(oldest_key(tl.minimum(seq_len, max_len), query_len, window), 1))
     return oldest
 
 
@@ -84,7 +87,7 @@ def _list_shared(
     most_units,
     BLOCK_N: tl.constexpr,
     KV_BLOCK_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     """Write the shared segments that somebody sees, without gaps; return how many there are and their tiles.
 
@@ -93,27 +96,36 @@ def _list_shared(
     count = 0
     total = 0
     first_unit = 0
-    for entry in range(num_shared):
-        first = tl.load(shared_ptr + entry * 4)
-        members = tl.minimum(tl.load(shared_ptr + entry * 4 + 1), num_seqs - first)
-        begin = tl.load(shared_ptr + entry * 4 + 2) * KV_BLOCK_SIZE
-        end = tl.minimum(tl.load(shared_ptr + entry * 4 + 3) * KV_BLOCK_SIZE, max_len)
-        begin = tl.maximum(begin, _oldest_of_members(seq_lens_ptr, first, members, query_len, window, max_len, BLOCK))
+    for start in range(0, num_shared, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        known = entry < num_shared
+        first = tl.load(shared_ptr + entry * 4, mask=known, other=0)
+        members = tl.load(shared_ptr + entry * 4 + 1, mask=known, other=0)
+        members = tl.minimum(members, num_seqs - first)
+        begin = tl.load(shared_ptr + entry * 4 + 2, mask=known, other=0) * KV_BLOCK_SIZE
+        end = tl.minimum(tl.load(shared_ptr + entry * 4 + 3, mask=known, other=0) * KV_BLOCK_SIZE, max_len)
+        oldest = _oldest_of_members(seq_lens_ptr, first, members, query_len, window, max_len, ENTRIES)
+        begin = tl.maximum(begin, oldest)
         low = begin // BLOCK_N
         num_tiles = tl.cdiv(end, BLOCK_N) - low
-        if (members > 0) & (begin < end):
-            words = segment_words(schedule_ptr, count)
-            _write_segment(words, total, low, num_tiles, first, members, begin, end, -1, first_unit, True)
-            units = num_kv_heads * tl.cdiv(members, members_per_tile) * row_tiles
-            total += num_tiles * units
-            first_unit += units
-            count += 1
+        seen = (members > 0) & (begin < end)
+        listed = seen.to(tl.int32)
+        units = listed * num_kv_heads * tl.cdiv(members, members_per_tile) * row_tiles
+        tiles = units * num_tiles
+        words = segment_words(schedule_ptr, count + tl.cumsum(listed, 0) - listed)
+        first_item = total + tl.cumsum(tiles, 0) - tiles
+        slot = first_unit + tl.cumsum(units, 0) - units
+        no_parent = tl.full([ENTRIES], -1, tl.int32)
+        _write_segment(words, first_item, low, num_tiles, first, members, begin, end, no_parent, slot, seen)
+        count += tl.sum(listed, 0)
+        total += tl.sum(tiles, 0)
+        first_unit += tl.sum(units, 0)
     fits = (first_unit <= most_units).to(tl.int32)
     return count * fits, total * fits
 
 
 @triton.jit
-def _parent(schedule_ptr, count, seq, begin):
+def _parent(schedule_ptr, count, seq, begin, ENTRIES: tl.constexpr):
     """Return the shared segment that ends last, at begin or before, among those of a sequence; its end; tiles of all.
 
     seq, begin: [BLOCK]; so are the results. Without one the index is -1 and the end 0.
@@ -121,15 +133,20 @@ def _parent(schedule_ptr, count, seq, begin):
     parent = tl.full(seq.shape, -1, tl.int32)
     parent_end = tl.zeros(seq.shape, tl.int32)
     tiles = tl.zeros(seq.shape, tl.int32)
-    for shared in range(count):
+    for start in range(0, count, ENTRIES):
+        shared = start + tl.arange(0, ENTRIES)
+        known = shared < count
         words = segment_words(schedule_ptr, shared)
-        first = tl.load(words + 3)
-        end = tl.load(words + 6)
-        inside = (seq >= first) & (seq < first + tl.load(words + 4)) & (end <= begin)
-        tiles += tl.where(inside, tl.load(words + 2), 0)
-        nearer = inside & (end > parent_end)
-        parent = tl.where(nearer, shared, parent)
-        parent_end = tl.where(nearer, end, parent_end)
+        first = tl.load(words + 3, mask=known, other=0)
+        behind = first + tl.load(words + 4, mask=known, other=0)
+        end = tl.load(words + 6, mask=known, other=0)
+        inside = (seq[:, None] >= first[None, :]) & (seq[:, None] < behind[None, :])  # [BLOCK, entries]
+        inside &= end[None, :] <= begin[:, None]
+        tiles += tl.sum(tl.where(inside, tl.load(words + 2, mask=known, other=0)[None, :], 0), 1)
+        nearest = tl.max(tl.where(inside, end[None, :], 0), 1)
+        index = tl.max(tl.where(inside & (end[None, :] == nearest[:, None]), shared[None, :], -1), 1)
+        parent = tl.where(nearest > parent_end, index, parent)
+        parent_end = tl.maximum(nearest, parent_end)
     return parent, parent_end, tiles
 
 
@@ -198,6 +215,7 @@ def _schedule_kernel(
     KV_BLOCK_SIZE: tl.constexpr,
     INVARIANT: tl.constexpr,
     BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
     """Write the whole schedule; grid (1,), of which every step is spread over the threads.
 
@@ -238,7 +256,7 @@ def _schedule_kernel(
             most_units,
             BLOCK_N,
             KV_BLOCK_SIZE,
-            BLOCK,
+            ENTRIES,
         )
         tl.debug_barrier()
         for start in range(0, shared_count, BLOCK):
@@ -247,7 +265,7 @@ def _schedule_kernel(
             words = segment_words(schedule_ptr, segment)
             first = tl.load(words + 3, mask=known, other=-1)
             begin = tl.load(words + 5, mask=known, other=0)
-            parent, _, _ = _parent(schedule_ptr, shared_count, first, begin)
+            parent, _, _ = _parent(schedule_ptr, shared_count, first, begin, ENTRIES)
             tl.store(words + 7, parent, mask=known)
 
     own_total = 0
@@ -258,7 +276,7 @@ def _schedule_kernel(
             seq_len = tl.zeros([BLOCK], tl.int32) + max_len
         else:
             seq_len = tl.minimum(tl.load(seq_lens_ptr + seq, mask=known, other=0), max_len)
-        parent, begin, tiles = _parent(schedule_ptr, shared_count, seq, seq * 0 + 2147483647)
+        parent, begin, tiles = _parent(schedule_ptr, shared_count, seq, seq * 0 + 2147483647, ENTRIES)
         begin = tl.maximum(begin, oldest_key(seq_len, query_len, window))
         low = begin // BLOCK_N
         num_tiles = tl.maximum(tl.cdiv(seq_len, BLOCK_N) - low, 1)  # an empty sequence has one: its zeros are written
@@ -298,7 +316,7 @@ def launch(
 
     Args:
         config, num_programs: for tests and sweeps, as in decode_attention's launch.
-        block: sequences, segments or programs that are treated at once.
+        block: sequences, segments or programs that are treated at once, and shared prefixes up to 8.
 
     Returns:
         int32, of the plan's shape.
@@ -347,6 +365,7 @@ def _prepare(plan: Plan, q: Tensor, k: Tensor, block_table: Tensor | None, windo
         "KV_BLOCK_SIZE": None if block_table is None else k.shape[1],
         "INVARIANT": plan.batch_invariant,
         "BLOCK": block,
+        "ENTRIES": min(block, 8),
     }
     options = {} if torch.version.hip else {"maxnreg": _MAXNREG}
     return Launch(q.device, _schedule_kernel, (1,), scalars, constants, options)

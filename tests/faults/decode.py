@@ -77,11 +77,11 @@ DECODE_FAULTS = [
     *_faults(
         SCHEDULE,
         LISTS,
-        ("parent with the nearest beginning", "nearer = inside & (end > parent_end)", "nearer = inside & (parent < 0)"),
+        ("parent with the nearest beginning", "tl.where(nearest > parent_end, index", "tl.where(parent < 0, index"),
         (
             "window ignored over shared blocks",
-            "begin = tl.maximum(begin, _oldest",
-            "_ = tl.maximum(begin, _oldest",
+            "begin = tl.maximum(begin, oldest)",
+            "begin = tl.maximum(begin, 0)",
         ),
         (
             "empty sequences not listed",
@@ -92,6 +92,11 @@ DECODE_FAULTS = [
             "counters not zeroed",
             "tl.store(words, tl.zeros([BLOCK], tl.int32), mask=counter < num_seqs * units)",
             "pass",
+        ),
+        (
+            "only the first shared prefixes listed",
+            "count += tl.sum(listed, 0)",
+            "count = tl.sum(listed, 0)",
         ),
         (
             "prefixes without room for their results",

@@ -139,9 +139,9 @@ def test_shared_prefixes_at_other_tile_sizes(softmax, block_n, block_m):
 @pytest.mark.parametrize("num_programs", [1, 5, 40])
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_many_shared_prefixes_side_by_side(query_len, num_programs):
-    """Six pairs and a group of four behind a prefix of all: every group has partial results of its own."""
-    entries = [[0, 16, 0, 1], *([2 * i, 2, 1, 3] for i in range(6)), [12, 4, 1, 2]]
-    call = Call(range(52, 68), heads=4, kv_heads=2, query_len=query_len).share(*entries)
+    """Seven pairs and a group of four behind a prefix of all: every group has partial results of its own."""
+    entries = [[0, 18, 0, 1], *([2 * i, 2, 1, 3] for i in range(7)), [14, 4, 1, 2]]
+    call = Call(range(52, 70), heads=4, kv_heads=2, query_len=query_len).share(*entries)
     call.check(num_programs, block_m=8)
 
 
