@@ -5,6 +5,7 @@ import threading
 from itertools import chain
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CompileConfig, DynamicCache, LlamaConfig, LlavaConfig
@@ -276,7 +277,9 @@ def test_parts_of_a_model_keep_their_attention():
     assert whole.vision_config._attn_implementation == "sdpa"
 
 
-def test_a_config_that_is_no_config_is_passed_over(model):
+def test_a_config_that_is_no_config_is_passed_over(model, monkeypatch):
+    memory = psutil.Process().memory_info().rss + 2**26  # of which a manager without a config takes most
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory, available=2**26))
     generation = greedy()
     generation.continuous_batching_config = {"max_batch_tokens": 24}
     manager = model.init_continuous_batching(generation_config=generation, workload_hints=None)
