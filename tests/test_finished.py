@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 import hf_fastattn
-from hf_fastattn import auto
+from hf_fastattn import paged_generation
 from hf_fastattn.cache import BLOCK_SIZE
 from hf_fastattn.generate import CACHE_NAME
 from tests.test_cache_machine import check_state
@@ -139,11 +139,11 @@ def test_a_stop_criterion_of_the_users_counts_beside_the_end_token(pair):
 
 
 def test_a_gpu_is_asked_now_and_then(pair, monkeypatch):
-    monkeypatch.setattr(auto, "_host_knows", lambda tensor: False)
+    monkeypatch.setattr(paged_generation, "_host_knows", lambda tensor: False)
     ids = tokens(3, 20)
     got, _, held = generate(pair.fast, ids)
     assert torch.equal(got, generate(pair.eager, ids)[0])
-    ends = [-(-end // auto.LOOK_EVERY) * auto.LOOK_EVERY for end in ENDS]
+    ends = [-(-end // paged_generation.LOOK_EVERY) * paged_generation.LOOK_EVERY for end in ENDS]
     assert [lens for lens, _ in held] == [tokens_of([20] * 3, ends, step) for step in range(NEW)]
 
 

@@ -3,6 +3,7 @@
 from .faults import Fault
 
 AUTO = "hf_fastattn/auto.py"
+GENERATION = "hf_fastattn/paged_generation.py"
 LEASES = "hf_fastattn/leases.py"
 CACHE = "hf_fastattn/cache.py"
 LAYER = "hf_fastattn/paged_layer.py"
@@ -62,21 +63,21 @@ AUTO_FAULTS = [
     ),
     Fault(
         "a cache that is passed is replaced",
-        AUTO,
+        GENERATION,
         "model_kwargs.get(CACHE_NAME) is not None or generation_config",
         "generation_config",
         (f"{TEST_LEASES}a_cache_that_is_passed_wins",),
     ),
     Fault(
         "cache_implementation is ignored",
-        AUTO,
+        GENERATION,
         " or generation_config.cache_implementation is not None",
         "",
         (f"{TEST_LEASES}a_cache_implementation_wins",),
     ),
     Fault(
         "paged under every attention implementation",
-        AUTO,
+        GENERATION,
         "return text_config(model.config)._attn_implementation == IMPLEMENTATION",
         "return bool(text_config(model.config))",
         (f"{TEST_LEASES}no_cache_and_other_attention_are_obeyed",),
@@ -139,7 +140,7 @@ AUTO_FAULTS = [
     ),
     Fault(
         "pieces of a prompt are compiled",
-        AUTO,
+        GENERATION,
         'valid = valid and not hasattr(generation_config, "_prefills")',
         "pass",
         ("tests/transformers/test_compile_policy.py", "-k", "pieces and 4-transformers"),
@@ -153,14 +154,14 @@ AUTO_FAULTS = [
     ),
     Fault(
         "rows of a prompt share keys behind dropout",
-        AUTO,
+        GENERATION,
         "if states_differ or model.training:",
         "if states_differ:",
         (f"{TEST_AUTO}rows_of_a_prompt_share_nothing_behind_dropout",),
     ),
     Fault(
         "a config may promise more layers than there are",
-        AUTO,
+        GENERATION,
         "len(layers) < promised:",
         "False:",
         ("tests/transformers/test_other_models.py", "-k", "promises_more"),

@@ -5,7 +5,7 @@ from .faults import Fault
 GENERATE = "hf_fastattn/generate.py"
 POLICY = "hf_fastattn/compile_policy.py"
 STATE = "hf_fastattn/paged_state.py"
-AUTO = "hf_fastattn/auto.py"
+GENERATION = "hf_fastattn/paged_generation.py"
 WARMUP = "hf_fastattn/warmup.py"
 LOOP_TESTS = "tests/transformers/test_generate.py"
 CALLBACK_TESTS = "tests/transformers/test_generate_callbacks.py"
@@ -214,7 +214,7 @@ GENERATE_FAULTS = [
     ),
     Fault(
         "streamer lost beside custom_generate",
-        AUTO,
+        GENERATION,
         "        if custom_generate is generate:\n            custom_generate = None\n",
         "",
         _test(CALLBACK_TESTS, "test_streamer_gets_every_token_once"),
@@ -249,7 +249,7 @@ GENERATE_FAULTS = [
     ),
     Fault(
         "transformers' loop counts no steps",
-        AUTO,
+        GENERATION,
         "            self.bucket.steps += 1\n",
         "            pass\n",
         _test(POLICY_TESTS, "test_few_steps_do_not_pay"),
@@ -263,7 +263,7 @@ GENERATE_FAULTS = [
     ),
     Fault(
         "new tokens are the whole length",
-        AUTO,
+        GENERATION,
         "return max_cache_length + 1 - prompt_columns",
         "return max_cache_length + 1",
         _test(POLICY_TESTS, "test_a_long_call_pays_at_once"),
@@ -340,7 +340,7 @@ GENERATE_FAULTS = [
     ),
     Fault(
         "our size is a limit of a returned cache",
-        AUTO,
+        GENERATION,
         "            given.state.stretch()  # if it was an earlier call that sized it\n",
         "            pass\n",
         _test(POLICY_TESTS, "test_a_returned_cache_that_was_sized_still_grows"),

@@ -5,7 +5,7 @@ from .faults import Fault
 STATE, CACHE = "hf_fastattn/paged_state.py", "hf_fastattn/cache.py"
 DENSE = "hf_fastattn/dense_reading.py"
 STORE, LOCK = "hf_fastattn/prefix_store.py", "hf_fastattn/pool_lock.py"
-TORCH, AUTO = "hf_fastattn/ops/_torch.py", "hf_fastattn/auto.py"
+TORCH, GENERATION = "hf_fastattn/ops/_torch.py", "hf_fastattn/paged_generation.py"
 CONFIG = "hf_fastattn/model_config.py"
 WINDOWS, FINISHED, THREADS = (f"tests/test_{name}.py" for name in ("windows", "finished", "threads"))
 
@@ -99,7 +99,7 @@ WINDOW_FAULTS = [
         ),
     ),
     *_in(
-        AUTO,
+        GENERATION,
         (FINISHED,),
         (
             "rows rest under returned caches",
