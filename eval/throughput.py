@@ -49,20 +49,30 @@ CHECKED_PROMPT = 768
 
 @dataclass(frozen=True)
 class Cell:
-    """One workload: sequences, tokens of each prompt, new tokens, beams, mean share of the prompts that is padding."""
+    """One workload.
+
+    Attributes:
+        batch: prompts.
+        prompt: tokens of each.
+        new_tokens: that follow.
+        beams: that a prompt is continued by; the best one counts.
+        padding: mean share of the prompts that is padding.
+        samples: sequences that are drawn for each prompt.
+    """
 
     batch: int
     prompt: int
     new_tokens: int
     beams: int = 1
     padding: float = 0.0
+    samples: int = 1
 
     @property
     def name(self) -> str:
         """Short name for tables."""
-        extra = (f" {self.beams} beams" if self.beams > 1 else "") + (
-            f" pad {self.padding:.0%}" if self.padding else ""
-        )
+        extra = f" {self.beams} beams" if self.beams > 1 else ""
+        extra += f" {self.samples} samples" if self.samples > 1 else ""
+        extra += f" pad {self.padding:.0%}" if self.padding else ""
         return f"{self.batch}x{self.prompt}+{self.new_tokens}{extra}"
 
 
@@ -100,7 +110,8 @@ def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
     if kind == "static":
         return StaticCache(config=model.config, max_cache_len=length)
     sized = length if kind == "paged-sized" else None
-    return PagedCache(model.config, max_length=sized, sequences_per_prompt=cell.beams)  # as generate() makes it
+    sequences = max(cell.beams, cell.samples)
+    return PagedCache(model.config, max_length=sized, sequences_per_prompt=sequences)  # as generate() makes it
 
 
 def forced_logits(
@@ -136,7 +147,7 @@ def check(
     model: PreTrainedModel, reference: PreTrainedModel, implementation: str, cache: str, cell: Cell
 ) -> tuple[bool, dict[str, float]]:
     """Compare a combination with the reference; return whether it is right, and the errors."""
-    cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1)
+    cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1, samples=1)
     inputs = make_inputs(model, cell)
     steps = min(CHECKED_STEPS, cell.new_tokens)
     given = make_inputs(model, Cell(cell.batch, steps, 0))["input_ids"]
@@ -175,6 +186,7 @@ def generate_once(
     implementation, _, compiled = COMBOS[combo]
     model.set_attn_implementation(implementation)
     clock = Clock(model.device)
+    torch.manual_seed(1)
     common.synchronize(model.device)
     start = time.perf_counter()
     tokens = model.generate(
@@ -182,7 +194,8 @@ def generate_once(
         **{CACHE_NAME: caches.take(model, combo, cell)},
         max_new_tokens=cell.new_tokens,
         num_beams=cell.beams,
-        do_sample=False,
+        num_return_sequences=cell.samples,
+        do_sample=cell.samples > 1,
         eos_token_id=None,
         pad_token_id=0,
         disable_compile=not compiled,
@@ -254,7 +267,7 @@ def measure_cell(
         unequal = [] if expected is None else (tokens != expected).any(0).nonzero().flatten().tolist()
         rows[combo].update(
             prefill_tokens_per_s=cell.batch * cell.prompt / first.median,
-            decode_tokens_per_s=cell.batch * (cell.new_tokens - 1) / common.Spread.of(decode_s).median,
+            decode_tokens_per_s=cell.batch * cell.samples * (cell.new_tokens - 1) / common.Spread.of(decode_s).median,
             first_token_s=asdict(first),
             step_ms=asdict(common.Spread(*(1e3 * x for x in (step.median, step.low, step.high)), step.count)),
             first_difference=unequal[0] if unequal else None,
@@ -286,7 +299,7 @@ def parse_cells(args: argparse.Namespace) -> list[Cell]:
     cells = []
     for text in args.cells:
         batch, prompt = common.parse_cell(text)
-        cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding))
+        cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding, args.samples))
     return cells
 
 
@@ -298,6 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", nargs="+", default=["1x512"], metavar="BATCHxPROMPT")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=1, help="sequences drawn for each prompt")
     parser.add_argument("--padding", type=float, default=0.0, help="mean share of left padding, 0 to 0.5")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of a named shape")
@@ -308,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.new_tokens < 2:
         common.fail(f"decoding is measured over at least 2 new tokens, got --new-tokens {args.new_tokens}")
+    if args.beams > 1 and args.samples > 1:
+        common.fail("either --beams or --samples is measured at a time")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = common.pick_device(args.device)
@@ -319,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     reference = common.load_model(args.model, device, dtype, layers=args.layers).to(exact)
     rows: list[dict[str, Any]] = []
     for cell in cells:
-        tokens = cell.batch * cell.beams * (cell.prompt + cell.new_tokens)
+        tokens = cell.batch * max(cell.beams, cell.samples) * (cell.prompt + cell.new_tokens)
         copies = 3 + sum(COMBOS[combo][1] != "dynamic" for combo in combos)  # what is kept, and a DynamicCache growing
         wanted = copies * common.kv_bytes(model.config, tokens, dtype)
         if wanted > common.free_memory(device):

@@ -53,6 +53,18 @@ def test_beams_are_timed_over_the_cache_that_generate_would_make(models):
     assert throughput.make_cache(models[0], "paged", cell).state.group == 3
 
 
+def test_samples_are_drawn_alike_and_all_count(models):
+    cell = throughput.Cell(2, 12, 4, samples=3)
+    assert cell.name == "2x12+4 3 samples"
+    rows = throughput.measure_cell(*models, ["sdpa/dynamic", "fastattn/paged"], cell, rounds=1)
+    assert [(row["status"], row["first_difference"]) for row in rows] == [("ok", None)] * 2
+    inputs = throughput.make_inputs(models[0], cell)
+    tokens = throughput.generate_once(models[0], "fastattn/paged", cell, inputs, throughput.Caches())["tokens"]
+    assert tokens.shape == (6, 4)
+    assert not torch.equal(tokens[0], tokens[1])
+    assert throughput.make_cache(models[0], "paged", cell).state.group == 3
+
+
 def test_ratios_are_taken_round_by_round(models):
     combos = ["fastattn/dynamic", "sdpa/dynamic"]
     rows = throughput.measure_cell(*models, combos, throughput.Cell(1, 12, 4), rounds=3)
