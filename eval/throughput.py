@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_fastattn import CACHE_NAME, PagedCache
+from hf_fastattn import CACHE_NAME, PagedCache, paged, unpaged
 
 from . import common
 
@@ -182,9 +182,10 @@ class Caches:
 def generate_once(
     model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[str, Tensor], caches: Caches
 ) -> dict[str, Any]:
-    """Run generate() once; return times and tokens."""
+    """Run generate() once, under "fastattn" as a model that is paged by default; return times and tokens."""
     implementation, _, compiled = COMBOS[combo]
     model.set_attn_implementation(implementation)
+    (paged if implementation == "fastattn" else unpaged)(model)
     clock = Clock(model.device)
     torch.manual_seed(1)
     common.synchronize(model.device)

@@ -51,8 +51,8 @@ class PagedCache(Cache):
         reserve: most tokens per sequence that are expected. A pool without num_blocks then has room for the first
             forward pass and 1024 more tokens, but not for more than this. None: for the first pass and 256 more.
         sequences_per_prompt: so many consecutive rows of the batch begin with the same tokens (beams, returned
-            sequences): they share the blocks of the first forward pass, which only the first row of each group stores.
-            Nothing is compared: rows that differ there are your error.
+            sequences): they share the blocks of the first forward pass, which only the first row of each group stores
+            (and computes, where generate() runs it). Nothing is compared: rows that differ there are your error.
         offload: keep the blocks in the host's memory (pinned, under CUDA) and only two layers at a time on the device:
             for contexts that the device does not hold. The decode step is not compiled then.
         pool: memory to lie on, which other caches may use too; it brings block_size, num_blocks and offload. None: its
@@ -312,6 +312,16 @@ class PagedCache(Cache):
             raise ValueError(f"copies must be at least 1, got {copies}")
         with self.explain_exhaustion():
             return self._over(self.state.fork([i for i in range(self.state.num_seqs) for _ in range(copies)]))
+
+    @contextmanager
+    def one_row_per_prompt(self, copies: int) -> Iterator[None]:
+        """Take the first forward passes with one row for each prompt; at the end, each becomes ``copies`` rows.
+
+        Raises:
+            BlockPoolExhausted: no room for the rows' own blocks; the cache is empty then.
+        """
+        with self.explain_exhaustion(), self.state.one_row_per_prompt(copies):
+            yield
 
     def _over(self, state: PagedState) -> "PagedCache":
         """Return a cache of the same model over another state of the same pool."""

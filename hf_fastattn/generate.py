@@ -10,6 +10,7 @@ it tells a cache that nobody else sees, which frees their blocks: never early, o
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.generation import (
 
 from .block_pool import BlockPoolExhausted
 from .cache import PagedCache
+from .prompt_copies import prefill_first_copies
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(GenerateDecoderOnlyOutput).parameters else "past_key_values"
 """What transformers calls a cache among a model's arguments and outputs: it renamed ``past_key_values`` in 5.24.
@@ -374,6 +376,12 @@ def _prefill(model: Any, ids: Tensor, config: Any, model_kwargs: dict[str, Any])
     except torch.OutOfMemoryError:
         if whole or not _is_paged(cache) or width <= MIN_CHUNK or config.prefill_chunk_size is not None:
             raise
+    return prefill_first_copies(model, partial(_prefill_in_pieces, model), cache, ids, config, model_kwargs)
+
+
+def _prefill_in_pieces(model: Any, ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
+    """Run the prompt in two forward passes, or in more where one runs out of memory; return what the last one does."""
+    width = ids.shape[1]
     start, chunk, outputs = 0, -(-width // 2), None
     while start < width:
         end = min(start + chunk, width)

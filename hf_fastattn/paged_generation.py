@@ -17,6 +17,7 @@ from .continuous import ContinuousBatching
 from .generate import CACHE_NAME, generate
 from .leases import lease
 from .model_config import text_config
+from .prompt_copies import prefill_first_copies
 
 LOOK_EVERY = 16
 """Steps after which a GPU is asked which rows have finished: the host would wait for it at every one."""
@@ -80,10 +81,18 @@ class PagedGeneration(ContinuousBatching):
         valid = valid and not hasattr(generation_config, "_prefills")
         return valid and not gave_up(self) and not stays_eager(self, generation_config)  # type: ignore[arg-type]
 
-    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         generation_config._prefills = True  # pieces of a prompt run eagerly: each would be a graph of its own
+        prefill: Any = super()._prefill  # type: ignore[misc]
+
+        def run(ids: Any, some: dict[str, Any]) -> Any:
+            return prefill(ids, generation_config, some, *args, **kwargs)
+
         try:
-            return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+            cache = model_kwargs.get(CACHE_NAME)
+            return prefill_first_copies(self, run, cache, input_ids, generation_config, model_kwargs)  # type: ignore[arg-type]
         finally:
             del generation_config._prefills
 

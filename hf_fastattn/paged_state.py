@@ -8,7 +8,8 @@ a forward pass, ``commit`` makes it count. A forward pass that fails between the
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -63,6 +64,7 @@ class PagedState:
         self.sized = max_length is not None  # what compiled code may ask: it would depend on the value of max_length
         self.group, self.window = sequences_per_prompt, window
         self.frees = window is not None and not self.reserved  # dense readers of the cache may look anywhere
+        self.copies = 1  # rows that each row is to become when the prompt is complete
         self.sharing = self.group > 1
         self.prompt_columns = 0  # columns in which the sequences of a group are the same; at least the first pass
         self.tables = BlockTables(self.pool, self.block_size)
@@ -125,8 +127,8 @@ class PagedState:
             tokens = self.max_length
         blocks, group = self.tables.blocks_for(tokens), self._group
         if self.memory.num_blocks is None:
-            shared = query_len // self.block_size
-            self.memory.make_room(num_seqs // group * (blocks + (group - 1) * (blocks - shared)))
+            own = blocks - query_len // self.block_size
+            self.memory.make_room(num_seqs // group * (blocks + (group * self.copies - 1) * own))
         self.tables.add_rows([0] * num_seqs)
         if self.reserved:
             self.tables.reserve([tokens] * num_seqs, group)
@@ -405,6 +407,24 @@ class PagedState:
         for tables in self.devices.values():
             tables.key_mask = tables.selected_key_mask(index)
         self.refresh()
+
+    @contextmanager
+    def one_row_per_prompt(self, copies: int) -> Iterator[None]:
+        """Take the first forward passes with one row for each prompt, whose copies then share its blocks.
+
+        Raises:
+            BlockPoolExhausted: no room for the rows' own blocks; the state is empty then.
+        """
+        group, self.group, self.copies, self.sharing = self.group, 1, copies, False
+        try:
+            yield
+        finally:
+            self.group, self.copies = group, 1
+            try:
+                self.select([row for row in range(self.num_seqs if self.columns else 0) for _ in range(copies)])
+            except BlockPoolExhausted:
+                self.release()
+                raise
 
     @locked
     def release(self) -> None:

@@ -5,6 +5,7 @@ from .faults import Fault
 GENERATE = "hf_fastattn/generate.py"
 POLICY = "hf_fastattn/compile_policy.py"
 STATE = "hf_fastattn/paged_state.py"
+COPIES = "hf_fastattn/prompt_copies.py"
 GENERATION = "hf_fastattn/paged_generation.py"
 WARMUP = "hf_fastattn/warmup.py"
 LOOP_TESTS = "tests/transformers/test_generate.py"
@@ -366,4 +367,25 @@ GENERATE_FAULTS = [
         "for queries in range(candidates + 1, candidates + 2):",
         _test(WARMUP_TESTS, "test_every_way_through_the_ops_is_taken"),
     ),
+    *[
+        Fault(name, file, old, new, ("tests/transformers/test_prompt_copies.py", "-k", tests))
+        for name, file, old, new, tests in (
+            ("copies under dropout", COPIES, "1 if model.training else _copies", "_copies", "dropout"),
+            ("padding is not compared", COPIES, "            per_row.append(value[::known])\n", "", "padding_or"),
+            ("tensors that nobody knows are cut", COPIES, "PER_ROW.get(name, ())", "range(9)", "other_arguments"),
+            ("lists are passed on", COPIES, "elif value is not cache and", "elif False and", "other_arguments"),
+            ("states of first rows only", COPIES, " or generation_config.output_hidden_states", "", "somebody_sees"),
+            ("runs of any lengths", COPIES, "math.gcd(rows, *begins)", "rows // len(begins)", "equal_neighbours"),
+            ("a full cache is a new prompt", COPIES, " or cache.get_seq_length():", ":", "second_turn"),
+            ("room for one row of each prompt", STATE, "(group * self.copies - 1)", "(group - 1)", "room_is_made_once"),
+            ("rows lost if a prefill fails", STATE, "self.num_seqs if self.columns else 0", "0", "goes_on or go_on"),
+            (
+                "blocks kept where copies found no room",
+                STATE,
+                "            except BlockPoolExhausted:\n                self.release()\n                raise\n",
+                "            except BlockPoolExhausted:\n                raise\n",
+                "without_room",
+            ),
+        )
+    ],
 ]
