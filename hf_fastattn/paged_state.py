@@ -461,6 +461,8 @@ class PagedState:
                 self.devices[device] = self._make_tables(device)
                 if old.key_mask is not None:
                     self.devices[device].widen_key_mask(old.key_mask)
+                if self.reserved:  # for the next batch of as many rows: a captured step reads these tables
+                    keep_tables(self.memory.kept_tables, {device: old})
 
     @locked
     def fork(self, index: Sequence[int]) -> "PagedState":

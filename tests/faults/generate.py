@@ -378,6 +378,13 @@ GENERATE_FAULTS = [
             ("runs of any lengths", COPIES, "math.gcd(rows, *begins)", "rows // len(begins)", "equal_neighbours"),
             ("a full cache is a new prompt", COPIES, " or cache.get_seq_length():", ":", "second_turn"),
             ("room for one row of each prompt", STATE, "(group * self.copies - 1)", "(group - 1)", "room_is_made_once"),
+            (
+                "tables of all rows move",
+                STATE,
+                "                    keep_tables(self.memory.kept_tables, {device: old})\n",
+                "                    pass\n",
+                "compiled",
+            ),
             ("rows lost if a prefill fails", STATE, "self.num_seqs if self.columns else 0", "0", "goes_on or go_on"),
             (
                 "blocks kept where copies found no room",

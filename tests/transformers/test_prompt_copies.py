@@ -215,17 +215,22 @@ def test_copies_without_room_leave_an_empty_cache(model, eager):
     assert torch.equal(run(model, short, **options, **{CACHE_NAME: cache}), run(eager, short, **options))
 
 
-def test_compiled_steps_follow(model, eager, monkeypatch):
+@pytest.mark.parametrize("given", [False, True], ids=["own cache", "given cache"])
+def test_compiled_steps_follow(model, eager, monkeypatch, given):
     """The tables of all rows are where they were in the call before: one graph."""
+    sizes = {"block_size": BLOCK, "max_length": 64, "sequences_per_prompt": 3}
+    cache = {CACHE_NAME: PagedCache(model.config, **sizes)} if given else {}
     monkeypatch.setattr(compile_policy, "BREAK_EVEN_STEPS", 1)
     graphs, places = Graphs(), []
     options = {"num_return_sequences": 3, "do_sample": True, "return_dict_in_generate": True}
     for i in range(4):
         inputs = left_padded(prompt(2, 10 + i, seed=i), i, 0)
-        out = run(model, inputs, **options, **_compiled(graphs))
+        out = run(model, inputs, **options, **cache, **_compiled(graphs))
         assert torch.equal(out.sequences, run(eager, inputs, **options).sequences)
         [tables] = out[CACHE_NAME].state.devices.values()
         places.append(tables.block_table.data_ptr())
-        assert graphs.count == (i > 0)
+        assert graphs.count == (given or i > 0)
         del out, tables
+        for each in cache.values():
+            each.reset()
     assert len(set(places[1:])) == 1
