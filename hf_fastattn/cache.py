@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -34,6 +36,9 @@ from .stats import CacheStats, cache_stats
 
 IMPLEMENTATION = "fastattn"
 """Name of the attention implementation. transformers looks for a kernel package when a name contains "flash"."""
+
+CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.18")
+"""Whether crop() takes the length to crop to, as a positive number."""
 
 BLOCK_SIZE = 64
 """Tokens per block where nobody says otherwise."""
@@ -288,10 +293,14 @@ class PagedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns (0 or negative, as in transformers).
 
+        With transformers 5.17, which still allows it, a positive number is the columns that stay.
+
         Raises:
             ValueError: a positive number; or more than :data:`~hf_fastattn.paged_state.WINDOW_MARGIN` columns of a
                 model whose layers all have a sliding window, after blocks behind it were freed.
         """
+        if tokens_to_remove > 0 and CROPS_TO_LENGTH:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove < 0 and self.state.num_seqs:
@@ -361,6 +370,7 @@ class PagedCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i the old sequence beam_idx[i]: table rows move, keys and values stay (beam search)."""
+        self.state.reordered = True
         self._select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -378,6 +388,11 @@ class PagedCache(Cache):
     def stats(self) -> CacheStats:
         """Return what the memory is used for: blocks, tokens, bytes, waste, what sharing saves."""
         return cache_stats(self.state)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """Yield each layer's keys and values as dense copies, and None, as DynamicCache does."""
+        for layer in self.paged_layers:
+            yield layer.keys, layer.values, None
 
     def __len__(self) -> int:
         return len(self.layers)

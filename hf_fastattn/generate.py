@@ -109,7 +109,7 @@ def generate(
 
 def _does(model: Any, stopping_criteria: StoppingCriteriaList, generation_config: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether the loop below does a call exactly as transformers' loop would."""
-    if any(_is_replaced(model, name) for name in NATIVE):
+    if any(is_replaced(model, name) for name in NATIVE):
         return False
     cache, mask, positions = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "position_ids"))
     if cache is not None and not _is_paged(cache) and cache.is_compileable:
@@ -126,7 +126,7 @@ def _does(model: Any, stopping_criteria: StoppingCriteriaList, generation_config
     )
 
 
-def _is_replaced(model: Any, name: str) -> bool:
+def is_replaced(model: Any, name: str) -> bool:
     """Whether a model has a method of its own in the place of transformers'; this package's call that one."""
     others = (kind for kind in type(model).__mro__ if kind.__module__.partition(".")[0] != __package__)
     return name in vars(model) or next(kind for kind in others if name in vars(kind)) is not GenerationMixin

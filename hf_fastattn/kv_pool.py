@@ -137,13 +137,26 @@ class KVPool:
 
     @locked
     def drop_misfits(self, layer: int, k: Tensor) -> None:
-        """Forget blocks that nobody owns and that were made for states of another dtype, device or shape.
+        """Forget blocks that were made for states of another dtype, device or shape, if nobody uses them.
 
         Args:
             layer: which to look at. k: its first keys, (num_seqs, num_kv_heads, query_len, head_dim).
+
+        Raises:
+            ValueError: somebody does.
         """
         old = self.layers[layer].k_cache
-        if old is not None and not self._fits(layer, old, k) and self.num_blocks is None and not self.ids.num_used:
+        if old is None or self._fits(layer, old, k):
+            return
+        for user in list(self.users):
+            user.reclaim(self.ids.num_used)
+        if self.ids.num_used:
+            raise ValueError(
+                f"other caches on this pool hold keys of {old.dtype} and shape {tuple(old.shape[2:])} on {old.device}, "
+                f"this forward pass brings {k.dtype} and {tuple(k.shape[1::2])} on {k.device}: give it a pool (or a "
+                "prefix store) of its own, or let go of those caches first"
+            )
+        if self.num_blocks is None:
             for blocks in self.layers:
                 blocks.k_cache = blocks.v_cache = None
             self.ids.replace(BlockPool(0))

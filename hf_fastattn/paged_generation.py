@@ -4,6 +4,7 @@ A call that leaves the choice of its cache open gets one made for it: over the m
 decode step is worth compiling, and told which rows have finished, so that their blocks are freed.
 """
 
+import threading
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,23 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 from .cache import BLOCK_SIZE, IMPLEMENTATION, PagedCache
 from .compile_policy import Bucket, forgiving, gave_up, length_to_size, stays_eager
 from .continuous import ContinuousBatching
-from .generate import CACHE_NAME, generate
+from .fallback import warn_once
+from .generate import CACHE_NAME, generate, is_replaced
 from .leases import lease
 from .model_config import text_config
-from .prompt_copies import prefill_first_copies
+from .prompt_copies import prefill_first_copies, treats_rows_alike
 
 LOOK_EVERY = 16
 """Steps after which a GPU is asked which rows have finished: the host would wait for it at every one."""
+
+
+class _Call(threading.local):
+    """What a thread's current call of generate() told an earlier step of it."""
+
+    is_foreign = False  # it runs a loop of the caller's
+
+
+_call = _Call()
 
 
 class PagedGeneration(ContinuousBatching):
@@ -34,6 +45,7 @@ class PagedGeneration(ContinuousBatching):
         """Give our loop what transformers keeps from a function passed as custom_generate: streamer, tokenizer, ..."""
         if custom_generate is generate:
             custom_generate = None
+        _call.is_foreign = custom_generate is not None
         return super()._extract_generation_mode_kwargs(  # type: ignore[misc]
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
@@ -44,7 +56,7 @@ class PagedGeneration(ContinuousBatching):
         given = model_kwargs.get(CACHE_NAME)
         takes = _takes_paged_cache(self, generation_config, model_kwargs)
         if takes or isinstance(given, PagedCache):
-            _check_layers(self)
+            takes = _check_layers(self, given) and takes
         if isinstance(given, PagedCache) and max_cache_length > (given.state.max_length or max_cache_length):
             given.state.stretch()  # if it was an earlier call that sized it
         if not takes:
@@ -53,6 +65,7 @@ class PagedGeneration(ContinuousBatching):
             )
         sequences = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         rows = batch_size * sequences
+        foreign = _call.is_foreign or is_replaced(self, "_sample")  # who knows what such a loop feeds the rows
         steps = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # others never take a compiled step
         probe = {CACHE_NAME: SimpleNamespace(is_compileable=True)}
         length = None
@@ -62,9 +75,10 @@ class PagedGeneration(ContinuousBatching):
             length, bucket = length_to_size(self, config, rows, max_cache_length, new_tokens)
             generation_config._bucket_of_call = bucket
         model_kwargs[CACHE_NAME] = _make_cache(
-            self, generation_config, model_kwargs, batch_size, max_cache_length, sequences, length
+            self, generation_config, model_kwargs, max_cache_length, 1 if foreign else sequences, length
         )
-        if steps and rows > 1 and not generation_config.return_dict_in_generate:  # nobody sees finished rows' logits
+        unseen = not generation_config.return_dict_in_generate  # nobody sees finished rows' logits
+        if steps and rows > 1 and unseen and not foreign:
             generation_config._cache_of_call = weakref.ref(model_kwargs[CACHE_NAME])
         return None
 
@@ -135,17 +149,35 @@ def _host_knows(tensor: Any) -> bool:
     return tensor.is_cpu
 
 
-def _check_layers(model: Any) -> None:
-    """Raise where the config promises more layers than a model has: a forward pass ends with the last of them.
+def _check_layers(model: Any, cache: Any) -> bool:
+    """Return whether a model can use a PagedCache: a forward pass ends when the last layer attends, and it has to.
+
+    Args:
+        model: which generates.
+        cache: that the caller gave.
 
     Raises:
-        ValueError: as said.
+        ValueError: the config promises more layers than there are, or a PagedCache was given that cannot be used.
     """
     layers, promised = getattr(model.base_model, "layers", None), text_config(model.config).num_hidden_layers
-    if isinstance(layers, nn.ModuleList) and len(layers) < promised:
+    if not isinstance(layers, nn.ModuleList):
+        return True
+    if len(layers) < promised:
         raise ValueError(
             f"the model has {len(layers)} layers, but its config says num_hidden_layers={promised}: lower it"
         )
+    if _attends(layers[promised - 1]) or not any(map(_attends, layers)):  # as far as attention says which it is
+        return True
+    reason = "the last layer of the model does not attend, which ends a forward pass over a PagedCache"
+    if isinstance(cache, PagedCache):
+        raise ValueError(f"{reason}: lower num_hidden_layers and drop the layer, or pass another cache")
+    warn_once(f"{reason}: generate() takes transformers' own cache")
+    return False
+
+
+def _attends(layer: nn.Module) -> bool:
+    """Return whether something in a layer has a layer's number, as attention does."""
+    return any(getattr(module, "layer_idx", None) is not None for module in layer.modules() if module is not layer)
 
 
 def _takes_paged_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> bool:
@@ -172,7 +204,6 @@ def _make_cache(
     model: Any,
     generation_config: Any,
     model_kwargs: dict[str, Any],
-    batch_size: int,
     max_cache_length: int,
     sequences_per_prompt: int,
     length: int | None = None,
@@ -183,13 +214,12 @@ def _make_cache(
         model: the generating model.
         generation_config: the call's, all defaults filled in.
         model_kwargs: what the first forward pass gets, already repeated for beams and returned sequences.
-        batch_size: prompts.
         max_cache_length: columns that the call can fill.
         sequences_per_prompt: rows that start from each prompt.
         length: tokens per sequence to size the cache for, so that its decode step is compiled; None: as needed.
     """
     states_differ = model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None
-    if states_differ or model.training:  # of rows with the same tokens: dropout
+    if states_differ or not treats_rows_alike(model):
         sequences_per_prompt = 1
     pool = lease(model, BLOCK_SIZE, text_config(model.config).num_hidden_layers)
     cache = PagedCache(

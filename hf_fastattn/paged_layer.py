@@ -78,11 +78,27 @@ class PagedLayer(CacheLayerMixin):
         with self.cache.state.lock:
             return None if self.k_cache is None else read_dense(self.cache.state, self.blocks)[0]
 
+    @keys.setter
+    def keys(self, states: Any) -> None:
+        self._refuse(states)
+
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All values as a dense copy, like :attr:`keys`."""
         with self.cache.state.lock:
             return None if self.v_cache is None else read_dense(self.cache.state, self.blocks)[1]
+
+    @values.setter
+    def values(self, states: Any) -> None:
+        self._refuse(states)
+
+    def _refuse(self, states: Any) -> None:
+        """Raise unless what is set is nothing, as when a layer is made."""
+        if states is not None:
+            raise TypeError(
+                "keys and values of a PagedCache lie in blocks, and what a layer shows of them are copies: to edit "
+                'them, pass cache_implementation="dynamic" to generate(), or a DynamicCache'
+            )
 
     @property
     def batch_size(self) -> int:

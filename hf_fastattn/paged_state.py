@@ -81,6 +81,8 @@ class PagedState:
         self.elastic = False  # max_length was chosen for the speed of one call, and is no limit
         self.prefix_hits = (0, 0)  # tokens asked of a prefix store, tokens that it had
         self.prefix_root: Any = None  # the store's key for what was asked of it
+        self.prefix_columns = 0  # in which it was asked for
+        self.reordered = False  # rows are no longer those that were asked for: beams
         self.lock = memory.lock
         with self.lock:
             memory.users.add(self)
@@ -190,11 +192,12 @@ class PagedState:
         if num_seqs != self.num_seqs:
             raise ValueError(f"the cache holds {self.num_seqs} sequences, the forward pass brings {num_seqs}")
         step = Step(query_len, columns == 0, layer_idx)
+        if self.sharing and columns and columns + query_len > self.prompt_columns:
+            self._end_sharing()
         self.padding.plan(step, self.tables.lens, mask, mask_known=mask_known, group=self._group)
-        if self.sharing:
-            if columns and (step.rests or columns + query_len > self.prompt_columns):
-                self._end_sharing()
-            step.group = self._group
+        if self.sharing and columns and step.rests:
+            self._end_sharing()
+        step.group = self._group
         self._reserve(step.lens, growing=query_len == 1)
         if not traced and new.is_cpu:
             step.runs = self._find_runs(step)
@@ -435,7 +438,7 @@ class PagedState:
             tables.columns.zero_()
         self.padding.clear()
         self.step, self.steady, self.behind, self.unsynced, self.decoding = None, None, False, 0, False
-        self.sharing = self.group > 1
+        self.sharing, self.reordered = self.group > 1, False
         self.frees = self.window is not None and not self.reserved
 
     def _find_runs(self, step: Step) -> EvenRuns | None:

@@ -22,6 +22,12 @@ from .kv_pool import KVPool, LayerBlocks
 from .model_config import text_config
 from .pool_lock import locked
 
+SAMPLES = 16
+"""Elements of each weight that are compared, see PrefixStore."""
+
+PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
+"""What configs call the tokens that stand for something else."""
+
 
 @dataclass(eq=False)
 class _Node:
@@ -71,7 +77,9 @@ class PrefixStore:
         store.add(cache, out)
 
     Args:
-        model: the model; changed weights, dtypes or active adapters make everything kept for the old ones unreachable.
+        model: the model; changed weights, dtypes or adapters make everything kept for the old ones unreachable. Of
+            weights that were written through ``.data`` some elements are compared. clear() where only few have changed,
+            or forward hooks change what the model computes.
         max_tokens: tokens kept at most; the least recently used ones go first, blocks that a cache uses never.
         num_blocks: blocks of the pool under the store and its caches, fixed; None lets it grow.
         block_size: tokens per block.
@@ -93,6 +101,7 @@ class PrefixStore:
             raise ValueError("the model's rotary embedding depends on the sequence's length: prefixes cannot be reused")
         PagedCache(config, block_size=block_size, num_blocks=num_blocks)  # the checks of sizes and model
         self.model, self.max_tokens = model, max_tokens
+        self._placeholders = {token for name in PLACEHOLDERS if (token := getattr(config, name, None)) is not None}
         self.pool = KVPool(block_size, num_blocks, [LayerBlocks() for _ in range(self.config.num_hidden_layers)])
         self.pool.users.add(self)
         self.lock = self.pool.lock
@@ -112,14 +121,20 @@ class PrefixStore:
         Args:
             input_ids: (num_seqs, columns) prompts.
             attention_mask: (num_seqs, columns), 0 at padding; None when there is none.
-            salt: the tenant; nothing is shared between different salts.
+            salt: the tenant, and whatever keys depend on besides the tokens; nothing is shared between different salts.
             copies: sequences per prompt (num_beams, num_return_sequences).
             sizes: max_length and reserve of :class:`~hf_fastattn.PagedCache`.
 
         Raises:
-            BlockPoolExhausted: no room for the partly filled last blocks. ValueError: shapes that do not fit.
+            BlockPoolExhausted: no room for the partly filled last blocks. ValueError: shapes that do not fit, or tokens
+                that stand for images, videos or audio, without a salt.
         """
         real = _real_tokens(input_ids, attention_mask)
+        if not salt and any(self._placeholders.intersection(tokens) for tokens, _ in real):
+            raise ValueError(
+                "a prompt has tokens that stand for an image, a video or audio, which its keys depend on: give its "
+                "content a name in salt"
+            )
         root = self._root(salt)
         cache = PagedCache(self.config, pool=self.pool, sequences_per_prompt=copies, **sizes)
         rows, ends = [], []
@@ -147,12 +162,14 @@ class PrefixStore:
                 )
             for layer in cache.paged_layers:
                 layer.is_initialized = layer.blocks.k_cache is not None
-        cache.state.prefix_root = root
+        cache.state.prefix_root, cache.state.prefix_columns = root, input_ids.shape[1]
         return cache
 
     @locked
     def add(self, cache: PagedCache, token_ids: Tensor) -> int:
         """Keep what a cache of this store holds; the cache may go on being used.
+
+        After beam search only the prompts are kept: what is returned is sorted, and not the rows of the cache.
 
         Args:
             cache: made by :meth:`cache` of this store.
@@ -177,9 +194,11 @@ class PrefixStore:
         root, new = state.prefix_root, 0
         if not self._is_current(root):
             return 0
+        columns = min(state.columns, state.prefix_columns) if state.reordered else state.columns
         for row, blocks in enumerate(state.tables.rows):
-            tokens = token_ids[row, : state.columns].tolist()
-            new += self._insert(root, [tokens[column] for column in state.padding.prefix(row)], blocks)
+            tokens = token_ids[row, :columns].tolist()
+            known = [tokens[column] for column in state.padding.prefix(row) if column < columns]
+            new += self._insert(root, known, blocks)
         self._evict(self._kept() - self.max_tokens // self.pool.block_size)
         return new
 
@@ -345,14 +364,37 @@ def _identity(model: nn.Module, salt: str) -> str:
     """Return everything but the tokens that keys and values depend on; it begins with the salt."""
     config: Any = model.config
     parts: list[object] = [config.to_json_string() if hasattr(config, "to_json_string") else ""]
-    for tensor in [*model.parameters(), *model.buffers()]:
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
         version = 0 if tensor.is_inference() else tensor._version
         parts.append((tensor.data_ptr(), version, str(tensor.dtype), str(tensor.device)))
+    parts += [
+        _samples([x for x in tensors if x.device == device]) for device in dict.fromkeys(x.device for x in tensors)
+    ]
+    for device_type in dict.fromkeys(x.device.type for x in tensors):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            parts.append(str(torch.get_autocast_dtype(device_type)))
     for name, module in model.named_modules():
         layer: Any = module
         if hasattr(layer, "active_adapters") and hasattr(layer, "disable_adapters"):  # PEFT's
-            parts.append((name, str(layer.active_adapters), str(layer.disable_adapters)))
+            state = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+            parts.append((name, *(str(getattr(layer, attribute, None)) for attribute in state)))
     return salt.replace("\0", "\\0") + "\0" + hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _samples(tensors: list[Tensor]) -> bytes:
+    """Return some elements of each tensor on one device, evenly spaced: writing through ``.data`` shows there."""
+    found = []
+    for tensor in tensors:
+        try:
+            count = min(SAMPLES, tensor.numel())
+            room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+            step = max(min(tensor.numel(), room) // max(count, 1), 1)
+            part = tensor.detach().as_strided((min(count, room),), (step,), tensor.storage_offset())
+            found.append(part.contiguous().view(torch.uint8))
+        except (RuntimeError, NotImplementedError, TypeError):  # of a class of its own, or without storage
+            continue
+    return torch.cat(found).cpu().numpy().tobytes() if found else b""
 
 
 def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[list[int], list[int]]]:

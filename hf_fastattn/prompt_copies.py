@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .cache import PagedCache
 
+HARMLESS_HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")
+"""What transformers and PEFT put behind the embeddings for gradient checkpointing."""
+
 PER_ROW = {"attention_mask": (2, 4), "position_ids": (2,), "token_type_ids": (2,), "inputs_embeds": (3,)}
 """Arguments of a forward pass that have a row for each sequence, and their dimensions; with others every row is run."""
 
@@ -29,14 +32,15 @@ def prefill_first_copies(
     """Return what a prefill of all rows does, run for one row of each prompt where that is enough.
 
     Args:
-        model: whose rows are no copies while dropout is on.
+        model: see :func:`treats_rows_alike`.
         prefill: runs the model over the cache, given input_ids and model_kwargs of some rows.
         cache: that it fills.
         input_ids: (rows, columns).
         generation_config: the call's; states of layers that it asks for are those of every row.
         model_kwargs: what the forward pass gets besides.
     """
-    copies = 1 if model.training else _copies(cache, input_ids, generation_config, model_kwargs)
+    alike = treats_rows_alike(model)
+    copies = _copies(cache, input_ids, generation_config, model_kwargs) if alike else 1
     if copies == 1:
         return prefill(input_ids, model_kwargs)
     first = {name: x[::copies] if isinstance(x, Tensor) else x for name, x in model_kwargs.items()}
@@ -44,6 +48,27 @@ def prefill_first_copies(
         outputs = prefill(input_ids[::copies], first)
     outputs.logits = outputs.logits.repeat_interleave(copies, 0)
     return outputs
+
+
+def treats_rows_alike(model: nn.Module) -> bool:
+    """Return whether rows with the same tokens are sure to have the same states: no dropout, and no hook inside.
+
+    A hook may do something else to each row, as PEFT's for ``adapter_names`` does.
+    """
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if module is not model and any(getattr(hook, "__name__", "") not in HARMLESS_HOOKS for hook in hooks):
+            return False
+        if module.training and any(_is_rate(*attribute) for attribute in vars(module).items()):
+            return False
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return False
+    return True
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    """Return whether an attribute of a module says that something is drawn in training mode."""
+    return ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and value > 0
 
 
 def _copies(cache: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> int:

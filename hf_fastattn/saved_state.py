@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .block_pool import NO_BLOCK
 from .kv_pool import move_blocks
@@ -34,7 +35,7 @@ def save(state: PagedState) -> dict[str, Any]:
             "lens": tables.lens,
             "columns": state.columns,
             "masks": (state.padding.seen, state.padding.stored),
-            "key_masks": {device: on_device.key_mask for device, on_device in state.devices.items()},
+            "key_masks": {device: _copy(on_device.key_mask) for device, on_device in state.devices.items()},
             "caches": [
                 tuple(None if c is None else c[ids.to(c.device)] for c in (layer.k_cache, layer.v_cache))
                 for layer in layers
@@ -66,3 +67,7 @@ def restore(state: PagedState, saved: dict[str, Any]) -> None:
         )
     for device, key_mask in saved["key_masks"].items():
         state.on(device).key_mask = key_mask
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

@@ -93,6 +93,7 @@ def _run(model: Any, name: str, rows: int, max_length: int, disable_compile: boo
     """Generate a few tokens, in a cache for max_length columns; return the cache."""
     columns = PROMPT
     ids = torch.ones(rows, columns, dtype=torch.long, device=model.device)
+    ids[:, -1] = torch.arange(rows) % model.get_input_embeddings().num_embeddings  # else one row would do for all
     mask = torch.ones_like(ids)
     if name == "padding":
         mask[0, : PROMPT // 2] = 0

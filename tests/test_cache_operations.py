@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_fastattn import BlockPoolExhausted
+from hf_fastattn.cache import CROPS_TO_LENGTH
 from hf_fastattn.paged_state import PagedState
 from tests.test_cache_machine import check_state
 from tests.tiny import CopiedBytes, assert_logits, assert_same, eager, feed, left_padding, picture, tokens, used_blocks
@@ -47,6 +48,50 @@ def test_crop_removes_the_last_columns(request, name, count, sizes):
     assert_logits(got, eager(pair, again, mask)[:, kept:])
 
 
+def test_the_cache_is_iterated_like_a_dynamic_one(llama):
+    cache, ids = llama.cache(), tokens(2, 30)
+    llama.fast(ids, past_key_values=cache)
+    want = llama.eager(ids).past_key_values
+    for (k, v, window), (want_k, want_v, _) in zip(cache, want, strict=True):
+        assert window is None
+        assert torch.allclose(k, want_k, atol=1e-5)
+        assert torch.allclose(v, want_v, atol=1e-5)
+
+
+def test_what_a_layer_shows_cannot_be_set(llama):
+    cache = llama.cache()
+    llama.fast(tokens(2, 30), past_key_values=cache)
+    for name in ("keys", "values"):
+        with pytest.raises(TypeError, match='pass cache_implementation="dynamic"'):
+            setattr(cache.layers[0], name, getattr(cache.layers[0], name)[:, :, -8:])
+
+
+def test_a_deepcopy_hides_nothing_of_the_original(llama):
+    """Each goes on under masks of its own, which hide what is cached."""
+    cache, ids, mask = llama.cache(), tokens(1, 30), torch.ones(1, 12, dtype=torch.long)
+    mask[0, 9] = 0
+    feed(llama.fast, ids[:, :10], cache, steps=[10])
+    llama.fast(ids[:, 10:12], past_key_values=cache, attention_mask=mask)
+    twin = copy.deepcopy(cache)
+    other = torch.nn.functional.pad(mask, (0, 2), value=1)
+    other[0, :6] = 0
+    llama.fast(ids[:, 20:22], past_key_values=twin, attention_mask=other)
+    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    got = llama.fast(ids[:, 12:13], past_key_values=cache, attention_mask=mask).logits
+    assert_logits(got, eager(llama, ids[:, :13], mask)[:, 12:])
+
+
+@pytest.mark.skipif(not CROPS_TO_LENGTH, reason="with later transformers than 5.17, crop takes no positive number")
+def test_crop_to_a_length(llama):
+    cache, ids = llama.cache(), tokens(2, 30)
+    llama.fast(ids, past_key_values=cache)
+    cache.crop(40)
+    assert cache.get_seq_length() == 30
+    cache.crop(9)
+    assert_logits(llama.fast(ids[:, 9:], past_key_values=cache).logits, eager(llama, ids)[:, 9:])
+
+
+@pytest.mark.skipif(CROPS_TO_LENGTH, reason="with transformers 5.17, that is the length to crop to")
 def test_crop_takes_no_positive_number(llama):
     cache = llama.cache()
     cache.crop(0)

@@ -108,6 +108,48 @@ def test_sampled_rows_of_one_prompt(pair):
     assert torch.equal(*outs)
 
 
+def budget(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """Choose greedily, and go on with another token where a row would end: a loop of the user's."""
+    ids, step = input_ids, input_ids
+    for _ in range(12):
+        logits = model(step, past_key_values=kwargs[CACHE_NAME]).logits[:, -1]
+        token = logits.argmax(-1, keepdim=True)
+        done = stopping_criteria(torch.cat([ids, token], 1), None)
+        step = torch.where(done[:, None], 7, token)
+        ids = torch.cat([ids, step], 1)
+    return ids
+
+
+def test_a_loop_of_the_users_goes_on_with_every_row(pair):
+    ids, outs = tokens(2, 20), []
+    ends = int(pair.eager.generate(ids, max_new_tokens=3, eos_token_id=None, pad_token_id=0)[0, 22])
+    for model in (pair.fast, pair.eager):
+        given = {"max_new_tokens": 30, "eos_token_id": ends, "pad_token_id": 0}
+        outs.append(model.generate(ids, custom_generate=budget, **given))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("how", ["function", "method"])
+def test_rows_that_a_users_loop_tells_apart_share_nothing(pair, how, monkeypatch):
+    """It may give each row a first token of its own, in the pass of the prompt."""
+
+    def steered(model, input_ids, *args, **kwargs):
+        ids = torch.cat([input_ids, torch.arange(3, 3 + len(input_ids))[:, None]], 1)
+        for _ in range(6):
+            seen = kwargs[CACHE_NAME].get_seq_length()
+            logits = model(ids[:, seen:], past_key_values=kwargs[CACHE_NAME]).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        return ids
+
+    options = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 8, "eos_token_id": None}
+    options |= {"pad_token_id": 0}
+    if how == "method":
+        monkeypatch.setattr(type(pair.eager), "_sample", steered)  # of which the other model's class is a subclass
+    else:
+        options["custom_generate"] = steered
+    assert torch.equal(*(model.generate(tokens(1, 20), **options) for model in (pair.fast, pair.eager)))
+
+
 def test_nothing_rests_where_somebody_may_look(pair):
     """A returned or given cache, returned logits, beams, and stopping without an end token leave every row alone."""
     ids = tokens(3, 20)

@@ -199,7 +199,13 @@ def change_dtype(model):
     model.to(torch.float64)
 
 
-@pytest.mark.parametrize("change", [change_weight, change_dtype])
+def change_data(model):
+    """As weights are synchronised and averaged: nobody counts this as a new version of the tensor."""
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    weight.data.copy_(weight * 1.1)
+
+
+@pytest.mark.parametrize("change", [change_weight, change_dtype, change_data])
 def test_a_changed_model_starts_anew(change):
     pair = make_pair("llama")
     store = PrefixStore(pair.fast, block_size=16)
@@ -210,7 +216,7 @@ def test_a_changed_model_starts_anew(change):
         change(model)
     assert store.add(stale.cache, stale.ids) == 0  # of the old weights
     assert store.cache(ids).state.prefix_hits[1] == 0
-    if change is change_weight:
+    if change is not change_dtype:
         assert Turn(pair, store, ids).hits == 0
         assert Turn(pair, store, ids).hits == 39
 
@@ -235,6 +241,59 @@ def test_adapters_have_prefixes_of_their_own():
     with model.disable_adapter():
         assert [hits(), hits()] == [0, 39]
     assert hits() == 39
+    for name, module in model.named_modules():
+        if name.endswith("k_proj"):
+            module.scale_layer(0.5)
+    assert [hits(), hits()] == [0, 39]
+
+
+def test_autocast_has_prefixes_of_its_own_and_erases_nothing(llama):
+    """Keys of another dtype find no room beside those of a cache in use, and take the place of what was only kept."""
+    store, ids = PrefixStore(llama.fast, block_size=16), tokens(1, 40)
+    turn = Turn(llama, store, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = store.cache(ids)
+        assert cache.state.prefix_hits[1] == 0
+        with pytest.raises(ValueError, match=r"other caches on this pool hold keys of torch.float32"):
+            llama.fast(ids, past_key_values=cache)
+    assert turn.cache.layers[0].keys.abs().sum() > 0
+    more = torch.cat([turn.ids, tokens(1, 5, seed=3)], 1)
+    out = llama.fast(more[:, 51:], past_key_values=turn.cache)  # all but the last of the 12 new tokens are there
+    assert_logits(out.logits, llama.eager(more).logits[:, 51:])
+    del turn, cache, out
+    gc.collect()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = store.cache(ids)
+        store.add(cache, llama.fast.generate(ids, past_key_values=cache, max_new_tokens=2))
+        assert store.cache(ids).state.prefix_hits[1] == 39
+        del cache
+    gc.collect()
+    assert Turn(llama, store, ids).hits == 0
+
+
+def test_of_beams_the_prompt_is_kept(llama, store):
+    """What generate() returns is sorted by score, and no longer the rows of the cache."""
+    ids = tokens(2, 40)
+    cache = store.cache(ids, copies=3)
+    out = llama.fast.generate(ids, past_key_values=cache, num_beams=3, num_return_sequences=3, max_new_tokens=20)
+    out = torch.nn.functional.pad(out, (0, 60 - out.shape[1]))
+    assert store.add(cache, out) == 2 * 3
+    del cache
+    gc.collect()
+    turn = Turn(llama, store, out[1::3], add=False)
+    assert turn.hits == 2 * 40
+
+
+def test_tokens_that_stand_for_images_need_a_salt(monkeypatch):
+    pair = make_pair("llama")
+    monkeypatch.setattr(pair.fast.config, "image_token_id", 7, raising=False)
+    store, ids = PrefixStore(pair.fast, block_size=16), tokens(1, 40)
+    ids[ids == 7] = 8
+    store.cache(ids)
+    ids[0, 20] = 7
+    with pytest.raises(ValueError, match="give its content a name in salt"):
+        store.cache(ids)
+    assert store.cache(ids, salt="cat.png").state.prefix_hits == (40, 0)
 
 
 # Memory

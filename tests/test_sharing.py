@@ -11,7 +11,7 @@ from hf_fastattn import BlockPoolExhausted, PagedCache, device_tables, ops
 from hf_fastattn.device_tables import DeviceTables, common_prefixes
 from hf_fastattn.kv_pool import KVPool
 from tests.test_cache_machine import check_state
-from tests.tiny import CopiedBytes, assert_logits, running_out, tokens, used_blocks
+from tests.tiny import CopiedBytes, assert_logits, eager, running_out, tokens, used_blocks
 
 pytestmark = pytest.mark.usefixtures("no_grad", "both_ways")
 
@@ -331,6 +331,18 @@ def test_decoding_goes_on_where_a_pool_that_could_not_grow_has_left_the_blocks(l
     forward(llama, cache, ids[:, 29:])
     cache.reorder_cache(torch.tensor([1, 0]))  # read by table from now on
     check_fork(llama, cache, ids[[1, 0]])
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_rows_of_a_prompt_may_differ_from_the_second_pass_on(llama, columns):
+    """In what their masks hide, too."""
+    cache, ids = llama.cache(sequences_per_prompt=2), tokens(1, 20).repeat(2, 1)
+    forward(llama, cache, ids)
+    more, mask = tokens(2, columns, seed=1), torch.ones(2, 20 + columns, dtype=torch.long)
+    mask[0, 20 : 20 + columns // 2] = 0
+    got = llama.fast(more, past_key_values=cache, attention_mask=mask).logits
+    want = eager(llama, torch.cat([ids, more], 1), mask)[:, 20:]
+    assert_logits(got, want, mask[:, 20:].bool())
 
 
 @pytest.mark.parametrize(("most", "entries"), [(10_000, 16), (10, 10), (1, 8)])

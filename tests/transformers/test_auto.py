@@ -292,7 +292,8 @@ def python(cwd, script):
 
 
 def test_rows_of_a_prompt_share_nothing_behind_dropout():
-    model = hf_fastattn.paged(build("llama", "fastattn"))
-    for training in (False, True):
-        out = generate(model.train(training), input_ids=prompt(), num_return_sequences=2, do_sample=True)
-        assert out[hf_fastattn.CACHE_NAME].state.group == (1 if training else 2)
+    for rate in (0.0, 0.1):
+        model = hf_fastattn.paged(build("llama", "fastattn", attention_dropout=rate))
+        for training in (False, True):
+            out = generate(model.train(training), input_ids=prompt(), num_return_sequences=2, do_sample=True)
+            assert out[hf_fastattn.CACHE_NAME].state.group == (1 if training and rate else 2)

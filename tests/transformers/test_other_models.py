@@ -242,6 +242,28 @@ def test_a_config_that_promises_more_layers_than_there_are():
     assert generate(model, input_ids=prompt()).sequences.shape == (2, 26)
 
 
+class NoAttention(torch.nn.Module):
+    """What pruning leaves of a layer's attention."""
+
+    def forward(self, hidden_states, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_last_layer_without_attention(beams):
+    """Nobody would say that a forward pass is over; one in the middle is no matter."""
+    models = [build("llama"), hf_fastattn.paged(build("llama", "fastattn"))]
+    inputs = left_padded(prompt(2, 9), 4, 0) | {"num_beams": beams}
+    for layer in (1, 2):
+        for model in models:
+            model.model.layers[layer].self_attn = NoAttention()
+        wanted, got = (generate(model, **inputs) for model in models)
+        assert torch.equal(got.sequences, wanted.sequences)
+        assert isinstance(got[hf_fastattn.CACHE_NAME], PagedCache) == (layer == 1)
+    with pytest.raises(ValueError, match="the last layer of the model does not attend"):
+        generate(models[1], paged(models[1]), **inputs)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_layers_that_are_run_again_store_what_they_saw_each_time(beams):
     """A forward pass ends with the last time that keys are stored, whatever the layer is called."""

@@ -168,11 +168,54 @@ def test_rows_that_differ_in_padding_or_positions_are_no_copies(model, eager):
     assert seen[0] == (1, 14)
 
 
-def test_dropout_makes_rows_differ(model):
-    model.train()
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_dropout_makes_rows_differ(rate):
+    """Training mode alone does not: rollouts are often drawn in it."""
+    model = hf_fastattn.paged(build("llama", "fastattn", attention_dropout=rate)).train()
     with shapes(model) as seen:
         run(model, left_padded(prompt(1, 14).repeat(3, 1)), num_return_sequences=2, do_sample=True)
-    assert seen[0] == (6, 14)
+    assert seen[0] == ((6, 14) if rate else (1, 14))
+
+
+def test_hooks_inside_may_treat_rows_differently(model, eager):
+    """A steering vector for each returned sequence: neither states nor blocks are shared."""
+    strength = torch.tensor([0.0, 2.0, -2.0])[:, None, None]
+    outs = []
+    for each in (model, eager):
+        hook = each.model.layers[0].register_forward_hook(lambda *args: args[2] + strength)
+        outs.append(run(each, left_padded(prompt(1, 20)), num_return_sequences=3, do_sample=True, top_k=1))
+        hook.remove()
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0][0], outs[0][1])
+
+
+def test_hooks_for_checkpointing_are_harmless(model):
+    model.enable_input_require_grads()
+    with shapes(model) as seen:
+        run(model, left_padded(prompt(1, 14)), num_return_sequences=3, do_sample=True)
+    assert seen[0] == (1, 14)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_for_each_row():
+    peft = pytest.importorskip("peft")
+    outs = []
+    for implementation in ("fastattn", "eager"):
+        base = build("llama", implementation)
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, peft.LoraConfig(**options), adapter_name="x")
+        model.add_adapter("y", peft.LoraConfig(**options))
+        if implementation == "fastattn":
+            hf_fastattn.paged(model)
+        for name, weights in model.named_parameters():
+            if "lora" in name:
+                weights.data.normal_()
+        names = ["x", "y", "__base__"]
+        inputs = left_padded(prompt(1, 20))
+        outs.append(run(model.eval(), inputs, adapter_names=names, num_return_sequences=3, do_sample=True, top_k=1))
+    assert torch.equal(*outs)
+    assert not torch.equal(outs[0][0], outs[0][1])
 
 
 def test_a_second_turn_computes_every_row(model, eager):
