@@ -195,8 +195,6 @@ class PagedState:
         if self.sharing and columns and columns + query_len > self.prompt_columns:
             self._end_sharing()
         self.padding.plan(step, self.tables.lens, mask, mask_known=mask_known, group=self._group)
-        if self.sharing and columns and step.rests:
-            self._end_sharing()
         step.group = self._group
         self._reserve(step.lens, growing=query_len == 1)
         if not traced and new.is_cpu:

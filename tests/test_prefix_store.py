@@ -205,7 +205,12 @@ def change_data(model):
     weight.data.copy_(weight * 1.1)
 
 
-@pytest.mark.parametrize("change", [change_weight, change_dtype, change_data])
+def change_element(model):
+    """One that is not among those that are compared."""
+    model.model.layers[0].self_attn.k_proj.weight[5, 7] += 3.0
+
+
+@pytest.mark.parametrize("change", [change_weight, change_dtype, change_data, change_element])
 def test_a_changed_model_starts_anew(change):
     pair = make_pair("llama")
     store = PrefixStore(pair.fast, block_size=16)

@@ -155,7 +155,7 @@ AUTO_FAULTS = [
     Fault(
         "rows of a prompt share keys behind dropout",
         GENERATION,
-        "if states_differ or model.training:",
+        "if states_differ or not treats_rows_alike(model):",
         "if states_differ:",
         (f"{TEST_AUTO}rows_of_a_prompt_share_nothing_behind_dropout",),
     ),

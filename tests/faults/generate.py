@@ -370,7 +370,7 @@ GENERATE_FAULTS = [
     *[
         Fault(name, file, old, new, ("tests/transformers/test_prompt_copies.py", "-k", tests))
         for name, file, old, new, tests in (
-            ("copies under dropout", COPIES, "1 if model.training else _copies", "_copies", "dropout"),
+            ("copies under dropout", COPIES, "and value > 0", "and False", "dropout"),
             ("padding is not compared", COPIES, "            per_row.append(value[::known])\n", "", "padding_or"),
             ("tensors that nobody knows are cut", COPIES, "PER_ROW.get(name, ())", "range(9)", "other_arguments"),
             ("lists are passed on", COPIES, "elif value is not cache and", "elif False and", "other_arguments"),
@@ -395,4 +395,46 @@ GENERATE_FAULTS = [
             ),
         )
     ],
+    Fault(
+        "a user's loop ends rows by asking",
+        GENERATION,
+        "if steps and rows > 1 and unseen and not foreign:",
+        "if steps and rows > 1 and unseen:",
+        ("tests/test_finished.py", "-k", "loop_of_the_users"),
+    ),
+    Fault(
+        "rows of a user's loop share the prompt",
+        GENERATION,
+        "1 if foreign else sequences",
+        "sequences",
+        ("tests/test_finished.py", "-k", "tells_apart and function"),
+    ),
+    Fault(
+        "a user's method is ours",
+        GENERATION,
+        '_call.is_foreign or is_replaced(self, "_sample")',
+        "_call.is_foreign",
+        ("tests/test_finished.py", "-k", "tells_apart and method"),
+    ),
+    Fault(
+        "rows share what hooks make differ",
+        COPIES,
+        "if module is not model and any(",
+        "if False and any(",
+        ("tests/transformers/test_prompt_copies.py", "-k", "hooks_inside or adapters"),
+    ),
+    Fault(
+        "checkpointing ends sharing",
+        COPIES,
+        "not in HARMLESS_HOOKS",
+        "not in ()",
+        ("tests/transformers/test_prompt_copies.py", "-k", "harmless"),
+    ),
+    Fault(
+        "the last layer need not attend",
+        GENERATION,
+        "    if _attends(layers[promised - 1])",
+        "    if True",
+        ("tests/transformers/test_other_models.py", "-k", "last_layer_without"),
+    ),
 ]

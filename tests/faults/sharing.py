@@ -93,14 +93,14 @@ SHARING_FAULTS = [
         (TEST_SHARING, "-k", "group or prompt or fork or common or chunks"),
         (
             "sequences of a group never part",
-            "                self._end_sharing()\n            step.group",
-            "                pass\n            step.group",
+            "            self._end_sharing()\n        self.padding.plan",
+            "            pass\n        self.padding.plan",
         ),
         ("a sized cache's groups do not part", "        if self.sharing and self.reserved:", "        if False:"),
         (
             "chunks of a prompt are not shared",
-            "columns + query_len > self.prompt_columns)",
-            "columns + query_len > 0)",
+            "columns + query_len > self.prompt_columns:",
+            "columns + query_len > 0:",
         ),
         (
             "a fork owns nothing",
@@ -172,7 +172,7 @@ SHARING_FAULTS = [
         ("weights are ignored", "version = 0 if tensor.is_inference() else tensor._version", "version = 0"),
         (
             "adapters are ignored",
-            "parts.append((name, str(layer.active_adapters), str(layer.disable_adapters)))",
+            "parts.append((name, *(str(getattr(layer, attribute, None)) for attribute in state)))",
             "pass",
         ),
         (
@@ -364,6 +364,43 @@ SHARING_FAULTS = [
             "what lies behind hidden keys is kept as a prefix",
             "next((i for i in range(self.count) if stored[i] and not seen[i]), self.count)",
             "self.count",
+        ),
+    ),
+    *_in(
+        STORE,
+        (TEST_STORE, "-k", "changed_model or adapters or autocast or beams_the_prompt or images"),
+        ("weights written through .data are not seen", "count = min(SAMPLES, tensor.numel())", "count = 0"),
+        ("scales of adapters left out", '"merged_adapters", "scaling")', '"merged_adapters")'),
+        ("autocast left out", 'if device_type != "meta" and torch.is_autocast_enabled(device_type):', "if False:"),
+        ("sorted beams are kept", "if state.reordered else state.columns", "if False else state.columns"),
+        ("images without a name", "if not salt and any(", "if False and any("),
+    ),
+    *_in(
+        POOL,
+        (TEST_STORE, "-k", "autocast"),
+        (
+            "blocks in use are erased",
+            "        if self.ids.num_used:\n            raise ValueError",
+            "        if False:\n            raise ValueError",
+        ),
+        (
+            "kept blocks are not given up for another dtype",
+            "            user.reclaim(self.ids.num_used)\n",
+            "            pass\n",
+        ),
+    ),
+    *_in(
+        "hf_fastattn/saved_state.py",
+        ("tests/test_cache_operations.py", "-k", "hides_nothing"),
+        ("copies share a key mask", "_copy(on_device.key_mask)", "on_device.key_mask"),
+    ),
+    *_in(
+        STATE,
+        (TEST_SHARING, "-k", "second_pass_on"),
+        (
+            "rows part after their masks are compared",
+            "        if self.sharing and columns and columns + query_len > self.prompt_columns:\n",
+            "        if False:\n",
         ),
     ),
 ]

@@ -103,8 +103,8 @@ WINDOW_FAULTS = [
         (FINISHED,),
         (
             "rows rest under returned caches",
-            "if steps and rows > 1 and not generation_config.return_dict_in_generate:",
-            "if steps and rows > 1:",
+            "if steps and rows > 1 and unseen and not foreign:",
+            "if steps and rows > 1 and not foreign:",
         ),
         ("real tokens rest", 'any(hasattr(criterion, "eos_token_id") for criterion in criteria)', "criteria"),
         ("a finished row is forgotten", "done if self.finished is None else self.finished | done", "done"),
