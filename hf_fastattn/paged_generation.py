@@ -219,7 +219,7 @@ def _make_cache(
         length: tokens per sequence to size the cache for, so that its decode step is compiled; None: as needed.
     """
     states_differ = model_kwargs.get("encoder_outputs") is not None or model_kwargs.get("adapter_names") is not None
-    if states_differ or not treats_rows_alike(model):
+    if sequences_per_prompt > 1 and (states_differ or not treats_rows_alike(model)):
         sequences_per_prompt = 1
     pool = lease(model, BLOCK_SIZE, text_config(model.config).num_hidden_layers)
     cache = PagedCache(

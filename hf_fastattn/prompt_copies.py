@@ -39,8 +39,9 @@ def prefill_first_copies(
         generation_config: the call's; states of layers that it asks for are those of every row.
         model_kwargs: what the forward pass gets besides.
     """
-    alike = treats_rows_alike(model)
-    copies = _copies(cache, input_ids, generation_config, model_kwargs) if alike else 1
+    copies = 1
+    if input_ids.shape[0] > 1 and treats_rows_alike(model):
+        copies = _copies(cache, input_ids, generation_config, model_kwargs)
     if copies == 1:
         return prefill(input_ids, model_kwargs)
     first = {name: x[::copies] if isinstance(x, Tensor) else x for name, x in model_kwargs.items()}

@@ -155,8 +155,8 @@ AUTO_FAULTS = [
     Fault(
         "rows of a prompt share keys behind dropout",
         GENERATION,
-        "if states_differ or not treats_rows_alike(model):",
-        "if states_differ:",
+        "(states_differ or not treats_rows_alike(model))",
+        "states_differ",
         (f"{TEST_AUTO}rows_of_a_prompt_share_nothing_behind_dropout",),
     ),
     Fault(
