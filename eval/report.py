@@ -240,6 +240,7 @@ def decode_speeds(folder: Path) -> list[dict[str, Any]]:
                 "fastattn, PagedCache": row["decode tokens/s"],
                 "rounds": count,
                 "decode vs sdpa": f"**{row['decode vs sdpa']}**",
+                "prefill vs sdpa": row.get("prefill vs sdpa"),
             }
     return list(found.values())
 
@@ -273,7 +274,7 @@ def rewrite_readme(folders: Sequence[Path]) -> None:
         device = next(iter(load(folder).values()))["device"]
         links.append(f"[{device}]({(folder / 'README.md').relative_to(common.ROOT)})")
     lines = []
-    tables = {"Decoding, tokens/s": decode_speeds, "Continuous batching, new tokens/s of whole calls": request_speeds}
+    tables = {"Decoding, tokens/s (prefill beside it)": decode_speeds, "Continuous batching, new tokens/s of whole calls": request_speeds}
     for title, speeds in tables.items():
         rows = [row for folder in folders for row in speeds(folder)]
         if rows:
