@@ -274,7 +274,10 @@ def rewrite_readme(folders: Sequence[Path]) -> None:
         device = next(iter(load(folder).values()))["device"]
         links.append(f"[{device}]({(folder / 'README.md').relative_to(common.ROOT)})")
     lines = []
-    tables = {"Decoding, tokens/s (prefill beside it)": decode_speeds, "Continuous batching, new tokens/s of whole calls": request_speeds}
+    tables = {
+        "Decoding, tokens/s (prefill beside it)": decode_speeds,
+        "Continuous batching, new tokens/s of whole calls": request_speeds,
+    }
     for title, speeds in tables.items():
         rows = [row for folder in folders for row in speeds(folder)]
         if rows:

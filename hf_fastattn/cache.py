@@ -329,8 +329,12 @@ class PagedCache(Cache):
         Raises:
             BlockPoolExhausted: no room for the rows' own blocks; the cache is empty then.
         """
-        with self.explain_exhaustion(), self.state.one_row_per_prompt(copies):
+        group = self.state.expect_copies(copies)
+        try:
             yield
+        finally:
+            with self.explain_exhaustion():
+                self.state.make_copies(group)
 
     def _over(self, state: PagedState) -> "PagedCache":
         """Return a cache of the same model over another state of the same pool."""

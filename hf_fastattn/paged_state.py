@@ -8,8 +8,7 @@ a forward pass, ``commit`` makes it count. A forward pass that fails between the
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -409,23 +408,26 @@ class PagedState:
             tables.key_mask = tables.selected_key_mask(index)
         self.refresh()
 
-    @contextmanager
-    def one_row_per_prompt(self, copies: int) -> Iterator[None]:
-        """Take the first forward passes with one row for each prompt, whose copies then share its blocks.
+    def expect_copies(self, copies: int) -> int:
+        """Take one row for each prompt in the passes to come, with room for its copies; return what a group was."""
+        group, self.group, self.copies, self.sharing = self.group, 1, copies, False
+        return group
+
+    def make_copies(self, group: int) -> None:
+        """Make of each row as many as were expected, which share its blocks; none if there was no complete pass.
+
+        Args:
+            group: what :meth:`expect_copies` returned.
 
         Raises:
             BlockPoolExhausted: no room for the rows' own blocks; the state is empty then.
         """
-        group, self.group, self.copies, self.sharing = self.group, 1, copies, False
+        copies, self.group, self.copies = self.copies, group, 1
         try:
-            yield
-        finally:
-            self.group, self.copies = group, 1
-            try:
-                self.select([row for row in range(self.num_seqs if self.columns else 0) for _ in range(copies)])
-            except BlockPoolExhausted:
-                self.release()
-                raise
+            self.select([row for row in range(self.num_seqs if self.columns else 0) for _ in range(copies)])
+        except BlockPoolExhausted:
+            self.release()
+            raise
 
     @locked
     def release(self) -> None:

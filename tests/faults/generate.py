@@ -389,8 +389,8 @@ GENERATE_FAULTS = [
             (
                 "blocks kept where copies found no room",
                 STATE,
-                "            except BlockPoolExhausted:\n                self.release()\n                raise\n",
-                "            except BlockPoolExhausted:\n                raise\n",
+                "range(copies)])\n        except BlockPoolExhausted:\n            self.release()\n",
+                "range(copies)])\n        except BlockPoolExhausted:\n",
                 "without_room",
             ),
         )

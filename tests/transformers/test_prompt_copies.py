@@ -253,6 +253,9 @@ def test_copies_without_room_leave_an_empty_cache(model, eager):
     with pytest.raises(BlockPoolExhausted, match="a larger num_blocks to PagedCache"):
         run(model, inputs, num_return_sequences=3, do_sample=True, **{CACHE_NAME: cache})
     assert (cache.batch_size, cache.get_seq_length(), cache.state.pool.num_used) == (-1, 0, 0)
+    with pytest.raises(BlockPoolExhausted) as full:  # in the prompt's own pass
+        run(model, left_padded(prompt(2, 40), 0, 0), num_return_sequences=3, do_sample=True, **{CACHE_NAME: cache})
+    assert str(full.value).count("The cache is as it was before the call") == 1
     short = {"input_ids": prompt(1, 5)}
     options = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
     assert torch.equal(run(model, short, **options, **{CACHE_NAME: cache}), run(eager, short, **options))
