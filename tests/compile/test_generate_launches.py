@@ -147,7 +147,7 @@ def test_no_call_fails_on_the_host(gpu_way, lengths, window, beams, loop, chunk)
     assert out.shape == (len(lengths), max(lengths) + NEW)
     steps = [args for key, _, args in log if key.startswith(DECODE) and args[0][1][2] == 1]
     assert len(steps) >= LAYERS * (NEW - 1)
-    for args in steps:
+    for args in steps[-LAYERS * (NEW - 1) :]:  # a last piece of the prompt may have one column, and no beams yet
         q, k, _, out, _, _, _, table = (arg[1] for arg in args[:8])
         assert q[0] == table[0] == out[0] == len(lengths) * beams
         assert table[1] * k[1] >= max(lengths)
