@@ -37,8 +37,6 @@ class Step:
         group: so many consecutive sequences hold the same tokens, which the first of them stores for all.
         schedules: what decode_schedule returned for each kind of layer that has attended.
         attended: a layer has said how far it looks back.
-        rests: some sequences have finished; positions serve store_kv only, and what their queries see is nobody's
-            business.
         slots: in a compiled graph, block and place in the block of each sequence's new token, by device.
         runs: where all tokens lie, if on a CPU the blocks of all sequences are even runs that a layer can view.
         views: layers get such views in place of handles, see :meth:`~hf_fastattn.paged_state.PagedState.repeat`.
@@ -59,7 +57,6 @@ class Step:
     group: int = 1
     schedules: dict[tuple[object, ...], Any] = field(default_factory=dict)
     attended: bool = False
-    rests: bool = False
     slots: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
     runs: EvenRuns | None = None
     views: bool = False
@@ -106,7 +103,7 @@ class Columns:
         """Decide which new columns of a forward pass are stored, and where.
 
         Args:
-            step: the pass, which gets positions, queries, changes, mask, lens, seen, stored and rests.
+            step: the pass, which gets positions, queries, changes, mask, lens, seen and stored.
             lens: tokens stored of each sequence.
             mask: (num_seqs, columns so far + query_len), non-zero where a column may be seen; None for all.
             mask_known: False if somebody else masks: all new columns are stored, and earlier ones are not compared.
@@ -164,7 +161,6 @@ class Columns:
     def _plan_rest(self, step: Step, lens: Sequence[int], finished: Sequence[bool]) -> None:
         """Store the new column of the sequences that have not finished."""
         going = ~torch.tensor(finished)[:, None]
-        step.rests = True
         step.lens = [past + (not done) for past, done in zip(lens, finished, strict=True)]
         step.seen, step.stored = (
             torch.cat([_extend(known, len(lens), self.count), going], 1) for known in (self.seen, self.stored)
