@@ -23,6 +23,7 @@ from . import _sass
 from ._launch import ALWAYS, Launch
 
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

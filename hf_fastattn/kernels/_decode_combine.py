@@ -132,7 +132,8 @@ def combine(
             m_new = tl.maximum(m_i, tl.max(m_part, 1))
             alpha = tl.math.exp2(m_i - m_new)
             weight = tl.math.exp2(m_part - m_new[:, None])
-            l_i = l_i * alpha + tl.sum(l_part * weight, 1)
+            # Rounded products: an FMA of its own with a neighbour's product would give each lane another sum.
+            l_i = l_i * alpha + tl.sum(tl.math.fma(l_part, weight, 0.0), 1)
             acc = acc * alpha[:, None] + tl.sum(acc_part * weight[:, :, None], 1)
             m_i = m_new
         segment = tl.load(words + 7)
