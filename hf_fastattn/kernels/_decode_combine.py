@@ -132,9 +132,8 @@ def combine(
             m_new = tl.maximum(m_i, tl.max(m_part, 1))
             alpha = tl.math.exp2(m_i - m_new)
             weight = tl.math.exp2(m_part - m_new[:, None])
-            # Rounded products: an FMA of its own with a neighbour's product would give each lane another sum.
-            l_i = l_i * alpha + tl.sum(tl.math.fma(l_part, weight, 0.0), 1)
-            acc = acc * alpha[:, None] + tl.sum(acc_part * weight[:, :, None], 1)
+            l_i = l_i * alpha + tl.sum(rounded_product(l_part, weight), 1)
+            acc = acc * alpha[:, None] + tl.sum(rounded_product(acc_part, weight[:, :, None]), 1)
             m_i = m_new
         segment = tl.load(words + 7)
     store_out(
@@ -153,6 +152,16 @@ def combine(
         V_HEAD_DIM,
         BLOCK_DV,
     )
+
+
+@triton.jit
+def rounded_product(a, b):
+    """Return a * b, which no addition makes an FMA of.
+
+    Where lanes add up products between them, each would take its own product exactly and its neighbour's rounded: they
+    would hold different sums, of which any may become the result.
+    """
+    return tl.math.fma(a, b, 0.0)
 
 
 @triton.jit

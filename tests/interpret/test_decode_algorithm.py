@@ -4,7 +4,6 @@ Every result is compared with float64, see decode_call.py; memory that nobody wr
 """
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -20,12 +19,10 @@ from hf_fastattn.kernels import decode_attention, decode_schedule
 from hf_fastattn.kernels._loads import skip_zeros
 from hf_fastattn.ops.shapes import NO_WINDOW
 
+from . import interpreter_only, runs_kernels
 from .decode_call import Call, poisoned_new_empty
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+pytestmark = runs_kernels
 
 SOFTMAXES = ["lazy", "fixed", "online"]
 
@@ -179,6 +176,7 @@ def test_sinks_are_added_once_with_shared_prefixes():
     call.check(5)
 
 
+@interpreter_only
 @pytest.mark.parametrize("make", [tree, lambda: Call((100, 0, 33, 64), heads=4, kv_heads=2, query_len=2)])
 def test_results_do_not_depend_on_who_arrives_last(make, order):
     call = make()
@@ -225,6 +223,7 @@ def test_what_is_kept_of_dense_schedules_is_bounded(monkeypatch):
         assert 0 < len(decode_attention._schedules) <= decode_attention.MOST_SCHEDULES
 
 
+@interpreter_only
 def test_an_aborted_launch_leaves_nothing_behind(order):
     """Programs that never ran leave counters behind; the next step's schedule begins at zero, in any memory."""
     call = tree(2, kv_heads=2)
@@ -278,6 +277,7 @@ def test_batch_invariance_ignores_sharing():
     assert torch.equal(with_entries, call.run(3, config))
 
 
+@interpreter_only
 @pytest.mark.parametrize("hidden", [0, 1, 15, 16, 40, 1500, 2900, 3000])
 @pytest.mark.parametrize(("first", "end"), [(0, 188), (3, 188), (100, 150)])
 def test_leading_padded_tiles_are_skipped(hidden, first, end):
@@ -294,6 +294,7 @@ def _skip_zeros_kernel(ptr, stride, found_ptr, first, end, length):
     tl.store(found_ptr, skip_zeros(ptr, stride, first, end, length, 16))
 
 
+@interpreter_only
 def test_padded_tiles_are_not_multiplied(monkeypatch):
     """The key block that is read for a tile is counted: with 64 of 80 keys hidden, one of five is left."""
     call = Call((80,), block_size=None)

@@ -3,8 +3,6 @@
 bf16, which is wrong in the interpreter, runs on GPUs. The algorithm itself: test_decode_algorithm.py.
 """
 
-import os
-
 import pytest
 import torch
 
@@ -16,12 +14,10 @@ from hypothesis import strategies as st
 from hf_fastattn.kernels import _decode_plan
 from hf_fastattn.ops.shapes import NO_WINDOW
 
+from . import runs_kernels
 from .decode_call import NAN, Call, poisoned_new_empty
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+pytestmark = runs_kernels
 
 
 @pytest.fixture(autouse=True)

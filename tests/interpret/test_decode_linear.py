@@ -1,7 +1,5 @@
 """The linear kernels in Triton's interpreter, against the float64 oracle. bf16, which is wrong there, runs on GPUs."""
 
-import os
-
 import pytest
 import torch
 
@@ -15,10 +13,9 @@ from hf_fastattn.kernels import decode_linear as kernel
 from hf_fastattn.kernels import decode_linear_group as group_kernel
 from hf_fastattn.kernels.decode_linear_plan import LIBRARY, Plan
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+from . import runs_kernels
+
+pytestmark = runs_kernels
 
 GEMV = Plan("gemv", 4, 64, 1, 1)
 FLAT = Plan("flat", 16, 32, 1, 3)

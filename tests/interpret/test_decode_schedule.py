@@ -1,7 +1,5 @@
 """The schedule kernel in Triton's interpreter writes the list that plain Python makes of the same lengths."""
 
-import os
-
 import pytest
 import torch
 
@@ -14,12 +12,10 @@ from hf_fastattn.kernels import decode_schedule
 from hf_fastattn.kernels._decode_plan import SHARED_LEVELS, DecodeConfig, Segment, make_plan, share, work
 from hf_fastattn.ops.shapes import NO_WINDOW
 
+from . import runs_kernels
 from .decode_call import poisoned_new_empty
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+pytestmark = runs_kernels
 
 KV_BLOCK_SIZE = 16
 

@@ -1,7 +1,5 @@
 """Kernels over tables whose blocks behind the window were freed (-1): NaN in those and in block 0 is not seen."""
 
-import os
-
 import pytest
 import torch
 
@@ -10,12 +8,10 @@ pytest.importorskip("triton")
 from hf_fastattn import reference
 from hf_fastattn.kernels import prefill_attention
 
+from . import runs_kernels
 from .decode_call import NAN, Call, poisoned_new_empty
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
-]
+pytestmark = runs_kernels
 
 BLOCK = 16
 

@@ -5,8 +5,6 @@
 Rows of no sequence hold NaN, before, between and behind those of sequences.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +19,9 @@ from hf_fastattn.kernels import packed_attention
 from hf_fastattn.kernels.packed_attention import launch
 from hf_fastattn.kernels.prefill_attention import PrefillConfig
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 was not set at the start"),
-]
+from . import runs_kernels
+
+pytestmark = runs_kernels
 TILES = PrefillConfig(16, 16, 4, 2)
 ALL_TILES = [TILES, PrefillConfig(16, 32, 4, 2), PrefillConfig(32, 16, 4, 2, split=False), None]
 

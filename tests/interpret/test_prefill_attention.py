@@ -5,8 +5,6 @@
 Unused slots, keys past the end and hidden keys hold NaN; K and V have different strides.
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,10 +17,9 @@ pytest.importorskip("triton")
 
 from hf_fastattn.kernels.prefill_attention import PrefillConfig, config, launch, supports
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 was not set at the start"),
-]
+from . import runs_kernels
+
+pytestmark = runs_kernels
 TILES = PrefillConfig(16, 16, 4, 2)
 WIDE = PrefillConfig(16, 32, 4, 2)
 ONE_LOOP = PrefillConfig(16, 16, 4, 2, split=False)

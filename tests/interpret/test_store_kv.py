@@ -3,8 +3,6 @@
 TRITON_INTERPRET=1 python -m pytest tests/interpret/test_store_kv.py
 """
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +14,9 @@ pytest.importorskip("triton")
 
 from hf_fastattn.kernels.store_kv import launch
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="TRITON_INTERPRET=1 was not set at the start"),
-]
+from . import runs_kernels
+
+pytestmark = runs_kernels
 UNUSED = -77.0
 
 

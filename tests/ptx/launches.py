@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_fastattn.block_pool import BlockTables
 from hf_fastattn.kernels import (
     _compile,
     _launch,
@@ -20,6 +21,7 @@ from hf_fastattn.kernels import (
     prefill_attention,
     store_kv,
 )
+from hf_fastattn.ops import _library
 
 from .machine import Machine
 from .memory import GlobalMemory
@@ -51,15 +53,17 @@ def run(
     key = (arch, repr(case))
     if key not in _compiled:
         kernel = _compile.compiled(case, arch)
-        _compiled[key] = (kernel.asm["ptx"], parse(kernel.asm["ptx"]), kernel.metadata.shared)
-    ptx, program, shared_bytes = _compiled[key]
+        ptx, shared_bytes = kernel.asm["ptx"], kernel.metadata.shared
+        _compiled[key] = (ptx, Machine(parse(ptx), shared_bytes), shared_bytes)
+    ptx, machine, shared_bytes = _compiled[key]
     if edit is not None:
-        program = parse(edit(case.name, ptx))
+        machine = Machine(parse(edit(case.name, ptx)), shared_bytes)
     arguments = [values[name] for name in launch.kernel.arg_names if name in case.signature]
     arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
-    arguments += [0] * (len(program.params) - len(arguments))  # scratch memory that these kernels do not ask for
+    names = machine.program.params
+    arguments += [0] * (len(names) - len(arguments))  # scratch memory that these kernels do not ask for
     memory = GlobalMemory([tensor for tensor in tensors if tensor is not None])
-    machine = Machine(program, memory, launch.grid, dict(zip(program.params, arguments, strict=True)), shared_bytes)
+    machine.launch(launch.grid, dict(zip(names, arguments, strict=True)), memory)
     with np.errstate(all="ignore"):
         take_turns(machine, int(np.prod(launch.grid)), turns)
 
@@ -102,3 +106,16 @@ def _forget_choices() -> None:
     decode_linear.table_arch.cache_clear()
     for module in (decode_attention, decode_linear, decode_schedule, packed_attention, prefill_attention, store_kv):
         module._kept.clear()
+
+
+@contextlib.contextmanager
+def on_the_way_of_a_gpu() -> Iterator[None]:
+    """Let CPU tensors take the way of a GPU's: blocks read by table, ops to their launchers, eager and compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockTables, "even_runs", lambda tables: None)
+        registered = torch.library.Library("hf_fastattn", "IMPL")
+        for name, direct in _library.DIRECT.items():
+            patch.setitem(direct, "cpu", direct["cuda"])
+            registered.impl(name, direct["cuda"], "CPU", allow_override=True)
+        yield
+        registered._destroy()

@@ -43,38 +43,39 @@ class Machine:
 
     Args:
         program: the kernel.
-        memory: of the launch.
-        grid: numbers of programs.
-        arguments: values of the kernel's parameters by name.
         shared_bytes: shared memory of a program.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        memory: GlobalMemory,
-        grid: tuple[int, int, int],
-        arguments: dict[str, Any],
-        shared_bytes: int,
-    ) -> None:
+    def __init__(self, program: Program, shared_bytes: int) -> None:
+        self.program, self._shared_bytes = program, shared_bytes
         self._threads = program.num_threads
         self._warp = np.arange(self._threads) // 32
         self._files = {
             name: np.full((program.registers.get(name, 0), self._threads), 1 if word == np.bool_ else 0x7FC1, word)
             for name, word in _FILES.items()
         }
-        self._special = {"%tid.x": np.arange(self._threads, dtype=np.uint32)}
+        axes = [f"%{name}.{axis}" for name in ("ctaid", "nctaid") for axis in "xyz"]
+        self._special = {name: np.zeros(self._threads, np.uint32) for name in axes}
+        self._special["%tid.x"] = np.arange(self._threads, dtype=np.uint32)
+        self.launch((1, 1, 1), {}, GlobalMemory([]))
+        self._blocks = [([(self._build(each), each) for each in block], block[-1]) for block in program.blocks]
+
+    def launch(self, grid: tuple[int, int, int], arguments: dict[str, Any], memory: GlobalMemory) -> None:
+        """Prepare for the programs of a grid, with values of the kernel's parameters by name."""
+        self._grid, self._arguments, self._memory = grid, arguments, memory
         for axis, size in zip("xyz", grid, strict=True):
-            self._special[f"%nctaid.{axis}"] = np.full(self._threads, size, np.uint32)
-            self._special[f"%ctaid.{axis}"] = np.zeros(self._threads, np.uint32)
-        self._grid, self._arguments, self._program, self._memory = grid, arguments, program, memory
-        self._shared_bytes = shared_bytes
-        self.shared = SharedMemory(shared_bytes)
-        self._who = Who(0, 0)
+            self._special[f"%nctaid.{axis}"][:] = size
+        self._begin(0)
+
+    def _begin(self, index: int) -> None:
+        x, y, _ = self._grid
+        for axis, value in zip("xyz", (index % x, index // x % y, index // x // y), strict=True):
+            self._special[f"%ctaid.{axis}"][:] = value
+        self.shared = SharedMemory(self._shared_bytes)
+        self._who = Who(index, 0)
         self._issued: list[Any] = []  # asynchronous copies not yet in a group
         self._groups: list[list[Any]] = []
         self._products: list[list[np.ndarray]] = [[]]  # addresses that asynchronous products of each group read
-        self._blocks = [([(self._build(each), each) for each in block], block[-1]) for block in program.blocks]
 
     def run(self, index: int) -> Iterator[None]:
         """Run one program of the grid; pause after every atomic, with :meth:`save` and :meth:`restore` around a pause.
@@ -82,12 +83,7 @@ class Machine:
         Raises:
             Stopped: what went wrong, with the instruction and the line of the kernel.
         """
-        x, y, _ = self._grid
-        for axis, value in zip("xyz", (index % x, index // x % y, index // x // y), strict=True):
-            self._special[f"%ctaid.{axis}"][:] = value
-        self.shared = SharedMemory(self._shared_bytes)
-        self._who = Who(index, 0)
-        self._issued, self._groups, self._products = [], [], [[]]
+        self._begin(index)
         block = 0
         while True:
             steps, last = self._blocks[block]
@@ -101,7 +97,7 @@ class Machine:
                 break
             if operation == "atom":
                 yield
-            block = self._program.labels[last.operands[0]] if operation == "bra" and taken else block + 1
+            block = self.program.labels[last.operands[0]] if operation == "bra" and taken else block + 1
         if self._issued or any(self._groups) or any(self._products):
             raise Stopped(f"program {index} ends before its asynchronous copies and products")
 
@@ -143,6 +139,8 @@ class Machine:
             return register if register.dtype == word else register.view(word)
         if operand == "global_smem":
             return np.uint32(0)
+        if operand in self.program.params:  # its address
+            return np.array(list(self.program.params).index(operand), word)
         if operand.startswith("0f"):
             return np.uint32(int(operand[2:], 16)).view(word)
         number = int(operand, 0)
@@ -429,15 +427,11 @@ class Machine:
 
     def _build_ld(self, instruction: Instruction, kinds: list[str]) -> Step:
         if kinds[0] == "param":
-            target = self._register(instruction.operands[0])
-            value = self._arguments[instruction.operands[1].strip("[]")]
-            if isinstance(value, float):
-                return _assign(target, lambda: np.float32(value).view(np.uint32))
-            return _assign(target, lambda: np.array(value).astype(np.int64).view(np.uint64).astype(target.dtype))
+            return self._build_parameter(instruction)
         targets = [self._register(name) for name in self._vector(instruction.operands[0])]
         base, offset = self._address(instruction.operands[1])
         lanes_of, size = self._lanes(instruction), np.dtype(_TYPES[kinds[-1]]).itemsize
-        is_shared, constant = kinds[0] == "shared", "nc" in kinds
+        is_shared, constant = kinds[0] in ("shared", "shared::cta"), "nc" in kinds
 
         def load() -> None:
             lanes = lanes_of()
@@ -453,11 +447,25 @@ class Machine:
 
         return load
 
+    def _build_parameter(self, instruction: Instruction) -> Step:
+        target, name = self._register(instruction.operands[0]), instruction.operands[1].strip("[]")
+        names, kinds = list(self.program.params), self.program.params
+        address = None if name in kinds else self._register(name)
+
+        def load() -> None:
+            if address is not None and (address != address[0]).any():
+                raise Stopped("the threads of a program read different parameters, which this machine does not know")
+            which = name if address is None else names[address[0]]
+            word = "f4" if kinds[which] == "f32" else f"i{target.dtype.itemsize}"
+            target.view(word)[:] = self._arguments[which]
+
+        return load
+
     def _build_st(self, instruction: Instruction, kinds: list[str]) -> Step:
         base, offset = self._address(instruction.operands[0])
         word = np.dtype(_TYPES[kinds[-1]])
         sources = [self._register(name) for name in self._vector(instruction.operands[1])]
-        lanes_of, is_shared = self._lanes(instruction), kinds[0] == "shared"
+        lanes_of, is_shared = self._lanes(instruction), kinds[0] in ("shared", "shared::cta")
 
         def store() -> None:
             lanes = lanes_of()

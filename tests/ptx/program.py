@@ -55,7 +55,7 @@ def parse(ptx: str) -> Program:
     Raises:
         ValueError: a line is none of those that Triton writes.
     """
-    program, files, where = Program(), dict[str, str](), ""
+    program, where = Program(), ""
     block: list[Instruction] = []
     body = False
 
@@ -78,9 +78,10 @@ def parse(ptx: str) -> Program:
                 break
         elif found := re.match(r"\.reg \.\w+\s+%(\w+?)<(\d+)>;", line):
             program.registers[found[1]] = int(found[2])
+        elif line.startswith(".pragma"):
+            continue
         elif line.startswith(".loc"):
-            comment = raw.split("//")
-            where = comment[1].split("@")[0].strip() if len(comment) > 1 else files.get(line, where)
+            where = raw.partition("//")[2].strip() or where
         elif found := re.match(r"(\$\w+):", line):
             end_block()
             program.labels[found[1]] = len(program.blocks)

@@ -42,7 +42,8 @@ def run(body, *tensors, grid=1, shared_bytes=1024, seed=0):
         ]
     )
     arguments = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
-    machine = Machine(parse(text), GlobalMemory(list(tensors)), (grid, 1, 1), arguments, shared_bytes)
+    machine = Machine(parse(text), shared_bytes)
+    machine.launch((grid, 1, 1), arguments, GlobalMemory(list(tensors)))
     with np.errstate(all="ignore"):
         launches.take_turns(machine, grid, random.Random(seed))
 
