@@ -10,12 +10,12 @@ THREADS := OMP_NUM_THREADS=2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --timeout 600
 
 .PHONY: quickstart test check lint types faults soak clean wheel
-.PHONY: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu-dry test-gpu
+.PHONY: test-cpu test-oldest test-interpret test-compile test-ptx test-ptx-all test-newest-triton test-gpu-dry test-gpu
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python examples/quickstart.py
 
-test: test-cpu test-oldest test-interpret test-compile test-newest-triton test-gpu-dry test-gpu
+test: test-cpu test-oldest test-interpret test-compile test-ptx test-newest-triton test-gpu-dry test-gpu
 
 check: lint types test
 
@@ -27,12 +27,12 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 test-cpu: $(VENV)/.ready
-	$(PYTEST) -m "not interpret and not compile and not gpu and not soak"
+	$(PYTEST) -m "not interpret and not compile and not gpu and not ptx and not soak"
 
 # The oldest supported transformers lies in a folder of its own, in front of the newest one. Here the CPU reads blocks
 # by their table, as a GPU does, where it would view them otherwise.
 test-oldest: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
-	FASTATTN_TEST_BY_TABLE=1 PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m "not interpret and not compile and not gpu and not soak" tests/transformers
+	FASTATTN_TEST_BY_TABLE=1 PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m "not interpret and not compile and not gpu and not ptx and not soak" tests/transformers
 
 test-interpret: $(VENV)/.ready
 	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
@@ -40,10 +40,25 @@ test-interpret: $(VENV)/.ready
 test-compile: $(VENV)/.ready
 	$(PYTEST) -m compile tests/compile
 
-# The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute and how they are
-# launched. PYTHONPATH=.venv/triton-... make test-compile compiles every config with it.
+# The kernels as compiled for an H100, run on a CPU: the machine that does it, the tests for a GPU in bfloat16, generate().
+OP_TESTS := $(addprefix tests/gpu/test_,store_kv.py prefill_attention.py packed_attention.py decode_attention.py decode_linear.py)
+test-ptx: $(VENV)/.ready
+	$(PYTEST) -m ptx tests/ptx
+	FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=90 $(PYTEST) -k "not float32 and not torch.float16" $(OP_TESTS)
+	FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=90 $(PYTEST) -k "16_bits and bfloat16 and (llama or compiled)" tests/gpu/test_generate.py
+
+# More than an hour: the same in all dtypes, generate() with all models and caches, and the small tests of the kernels.
+PTX_ARCHS ?= 80 90
+test-ptx-all: $(VENV)/.ready
+	for arch in $(PTX_ARCHS); do \
+		FASTATTN_TEST_PTX=$$arch $(PYTEST) -m interpret tests/interpret && \
+		FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=$$arch $(PYTEST) tests/gpu || exit 1; \
+	done
+
+# The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute, as compiled for an
+# H100, and how they are launched. PYTHONPATH=.venv/triton-... make test-compile compiles every config with it.
 test-newest-triton: $(VENV)/.ready $(TRITON_ONLY)/.ready
-	PYTHONPATH=$(TRITON_ONLY) TRITON_INTERPRET=1 $(PYTEST) -m interpret tests/interpret
+	PYTHONPATH=$(TRITON_ONLY) FASTATTN_TEST_PTX=90 $(PYTEST) -m interpret tests/interpret
 	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m compile $(addprefix tests/compile/test_,decode_step.py generate_launches.py hot_loop.py kept_launches.py)
 
 # The tests for a GPU as far as a CPU goes, with the oldest transformers: what is wrong with them shows before they meet one.

@@ -1,12 +1,9 @@
-"""Where the tests for a GPU run: there, or, so that they are tested themselves and the kernels without one, on a CPU.
-
-FASTATTN_TEST_DEVICE=cpu: in PyTorch. FASTATTN_TEST_PTX=90 beside it: the kernels as compiled for sm_90, see tests/ptx.
-"""
-
-import os
+"""Where the tests for a GPU run."""
 
 import pytest
 import torch
+
+from . import COMPILED
 
 
 @pytest.fixture(
@@ -25,11 +22,10 @@ def device(request):
 @pytest.fixture(autouse=True)
 def kernels():
     """Let CPU tensors take the compiled kernels if an architecture is given."""
-    arch = os.environ.get("FASTATTN_TEST_PTX")
-    if arch is None:
+    if COMPILED is None:
         yield
         return
     from tests.ptx.launches import emulated, on_the_way_of_a_gpu
 
-    with emulated(int(arch)), on_the_way_of_a_gpu():
+    with emulated(int(COMPILED)), on_the_way_of_a_gpu():
         yield

@@ -79,7 +79,7 @@ def seeded():
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("query_len", [1, 4, 32])
 def test_ragged_batch(dtype, dim, query_len):
@@ -161,19 +161,24 @@ def sharing(lens, entries, query_len=1):
 
 
 def shared_tree(query_len=1):
-    """Return a call whose six sequences share 20 blocks, and the first four of them 9 more."""
-    return sharing([64 * 30 + 5 * i for i in range(6)], [[0, 6, 0, 20], [0, 0, 0, 0], [0, 4, 20, 29]], query_len)
+    """Return a call whose six sequences share two thirds of their blocks, and the first four of them all but one."""
+    blocks = 6 if DRY_RUN else 30
+    shared = blocks * 2 // 3
+    entries = [[0, 6, 0, shared], [0, 0, 0, 0], [0, 4, shared, blocks - 1]]
+    return sharing([64 * blocks + 5 * i for i in range(6)], entries, query_len)
 
 
 @pytest.mark.parametrize("query_len", [1, 4, 16])
-@pytest.mark.parametrize("window", [NO_WINDOW, 700])
+@pytest.mark.parametrize("window", [NO_WINDOW, 140 if DRY_RUN else 700])
 def test_shared_prefixes(query_len, window):
     q, k, v, options = shared_tree(query_len)
     check(q, k, v, window=window, **options)
 
 
 def test_many_prompts_of_eight_samples():
-    q, k, v, options = sharing([64 * 4 + 3 * i for i in range(256)], [[8 * i, 8, 0, 1 + i % 4] for i in range(32)])
+    prompts = 4 if DRY_RUN else 32
+    entries = [[8 * i, 8, 0, 1 + i % 4] for i in range(prompts)]
+    q, k, v, options = sharing([64 * 4 + 3 * i for i in range(8 * prompts)], entries)
     check(q, k, v, **options)
 
 

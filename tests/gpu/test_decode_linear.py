@@ -10,12 +10,7 @@ from torch import nn
 from hf_fastattn import ops, reference
 from hf_fastattn.linear import optimize_linears
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(params=[pytest.param("cuda", marks=needs_gpu), "cpu"])
-def device(request):
-    return request.param
+from . import COMPILED
 
 
 def tensors(device, shape, sizes, dtype, bias=True):
@@ -41,7 +36,7 @@ def check(outs, x, weights, biases):
         assert (out.double() - exact).abs().max() <= 2 * own + 4 * rounding  # false for NaN
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 7, 8, 9, 16, 17])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_rows(device, dtype, num_rows, bias):
@@ -76,19 +71,20 @@ def test_strides(device):
         check([out], activations, weights, biases)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_splits", [1, 2, 5])
 @pytest.mark.parametrize("num_rows", [1, 4, 16])
-def test_plans(num_rows, num_splits):
+def test_plans(device, num_rows, num_splits):
     """Both kernels by given plans, small layers and row counts in the tail of a tile included."""
+    if device == "cpu" and not COMPILED:
+        pytest.skip("needs a CUDA device, or FASTATTN_TEST_PTX")
     from hf_fastattn.kernels.decode_linear import run
     from hf_fastattn.kernels.decode_linear_plan import Plan
 
     plans = [Plan("flat", n, 8192 // n, max(n // 16, 1), stages, num_splits) for n in (16, 32, 64) for stages in (2, 4)]
     if num_rows <= 4:
         plans += [Plan("gemv", n, 256 * warps, warps, 1, num_splits) for n in (2, 4) for warps in (1, 4)]
-    x, weights, biases = tensors("cuda", (num_rows, 1040), (300, 100, 5), torch.bfloat16)
+    k, sizes = (1040, (300, 100, 5)) if device == "cuda" else (272, (30, 10, 5))
+    x, weights, biases = tensors(device, (num_rows, k), sizes, torch.bfloat16)
     for plan in plans:
         first = run(x, weights, biases, plan)
         check(first, x, weights, biases)

@@ -159,7 +159,7 @@ def test_eager_steps(family, cache):
         expected.check(generate(model, CACHES[cache](model), **EAGER, **given))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2"])  # rounding chooses gpt_oss's experts
 @pytest.mark.parametrize("how", [PLAIN, OURS], ids=["transformers", "ours"])
 def test_eager_steps_in_16_bits(family, dtype, how):
@@ -182,7 +182,7 @@ def test_compiled_steps(family, how):
     assert_captured()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_compiled_steps_in_16_bits(dtype):
     (model, eager), given, graphs = pair("llama", dtype), inputs(4, pads=(9, 0, 3)), Graphs()
     for call in range(2):

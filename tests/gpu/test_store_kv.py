@@ -28,7 +28,7 @@ def check(device, dtype, query_len, past, block_size, heads=8, head_dim=128, v_h
     assert torch.equal(v_cache.cpu(), expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("query_len", [1, 100])
 def test_store(device, dtype, block_size, query_len):

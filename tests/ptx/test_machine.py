@@ -63,6 +63,10 @@ def each(operation, *inputs, out=torch.int32):
     return result
 
 
+def name_of(value):
+    return value if isinstance(value, str) else "torch"
+
+
 def unsigned(x):
     return x.long() % 2**32
 
@@ -96,7 +100,7 @@ FLOATS[0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e30])
         ("shfl.sync.idx.b32 %r10, %r11, 3, 31, -1;", lambda a, b: a[[3, 35]].repeat_interleave(32)),
         ("redux.sync.max.s32 %r10, %r11, -1;", lambda a, b: a.view(2, 32).amax(1).repeat_interleave(32)),
     ],
-    ids=str,
+    ids=name_of,
 )  # fmt: skip
 def test_integers(operation, wanted):
     assert torch.equal(each(operation, *INTEGERS), wanted(*INTEGERS).int())
@@ -117,7 +121,7 @@ def test_integers(operation, wanted):
         ("setp.ne.f32 %p1, %r11, %r11; selp.f32 %r10, %r13, 0f00000000, %p1;", lambda a, b, c: 0 * c),
         ("mov.b64 %rd40, {%r12, %r13}; add.f32x2 %rd40, %rd40, %rd40; mov.b64 {_, %r10}, %rd40;", lambda *x: 2 * x[2]),
     ],
-    ids=str,
+    ids=name_of,
 )  # fmt: skip
 def test_floats(operation, wanted):
     got = each(operation, *FLOATS, out=torch.float32)
