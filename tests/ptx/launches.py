@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,7 +112,8 @@ def _forget_choices() -> None:
 @contextlib.contextmanager
 def on_the_way_of_a_gpu() -> Iterator[None]:
     """Let CPU tensors take the way of a GPU's: blocks read by table, ops to their launchers, eager and compiled."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s)Warning only once.*previously registered kernel", UserWarning)
         patch.setattr(BlockTables, "even_runs", lambda tables: None)
         registered = torch.library.Library("hf_fastattn", "IMPL")
         for name, direct in _library.DIRECT.items():

@@ -48,6 +48,8 @@ class Machine:
 
     def __init__(self, program: Program, shared_bytes: int) -> None:
         self.program, self._shared_bytes = program, shared_bytes
+        shared = [opcode for opcode in program.opcodes if opcode.startswith(("ld.shared", "st.shared"))]
+        self._shared_unit = min([4, *(np.dtype(_TYPES[opcode.split(".")[-1]]).itemsize for opcode in shared)])
         self._threads = program.num_threads
         self._warp = np.arange(self._threads) // 32
         self._files = {
@@ -71,7 +73,7 @@ class Machine:
         x, y, _ = self._grid
         for axis, value in zip("xyz", (index % x, index // x % y, index // x // y), strict=True):
             self._special[f"%ctaid.{axis}"][:] = value
-        self.shared = SharedMemory(self._shared_bytes)
+        self.shared = SharedMemory(self._shared_bytes, self._shared_unit)
         self._who = Who(index, 0)
         self._issued: list[Any] = []  # asynchronous copies not yet in a group
         self._groups: list[list[Any]] = []
@@ -505,7 +507,7 @@ class Machine:
         sizes = self._value(given[0], "u32") if given else np.full(self._threads, size)
 
         def copy() -> None:
-            where = (to.astype(np.int64) + to_offset)[:, None] + np.arange(size)
+            where = to.astype(np.int64) + to_offset
             values = np.zeros((self._threads, size), np.uint8)
             if ((sizes != 0) & (sizes != size)).any():
                 raise Stopped(f"a copy of neither 0 nor {size} bytes")
@@ -513,7 +515,7 @@ class Machine:
             address = start[lanes].astype(np.int64) + offset
             words = self._memory.load(address, 4, size // 4, self._warp[lanes], self._who)
             values[lanes] = words.view(np.uint8)
-            self.shared.fill(self.shared._bytes(where[:, 0], size), self._warp)
+            self.shared.fill(where, size, self._warp)
             self._issued.append((where, values))
 
         return copy
@@ -550,7 +552,7 @@ class Machine:
 
         def load() -> None:
             address = base[giving].astype(np.int64) + offset
-            self.shared.read(self.shared._bytes(address, 16), self._warp[giving])
+            self.shared.read(address, 16, self._warp[giving])
             if transposed:
                 all_rows = base.astype(np.int64) + offset
                 for each, target in enumerate(targets):

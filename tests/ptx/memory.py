@@ -170,45 +170,77 @@ class _Part:
 
 
 class SharedMemory:
-    """The shared memory of one program. Bytes that nobody wrote are NaN in float32, float16 and bfloat16."""
+    """The shared memory of one program. Bytes that nobody wrote are NaN in float32, float16 and bfloat16.
 
-    def __init__(self, size: int) -> None:
-        self.size = size = -(-max(size, 16) // 16) * 16
-        self.data = np.full(size // 4, 0x7FC17FC1, np.uint32).view(np.uint8)
+    Args:
+        size: in bytes.
+        unit: bytes that a program accesses at once at least; accesses are told apart by that.
+    """
+
+    def __init__(self, size: int, unit: int = 1) -> None:
+        self.size, self._unit = -(-max(size, 16) // 16) * 16, unit
+        self.data = np.full(self.size // 4, 0x7FC17FC1, np.uint32).view(np.uint8)
         self.words = {width: self.data.view(word) for width, word in WORDS.items()}
         self.epoch = 0  # barriers that the program has passed
-        self._written = np.full(size, -1, np.int32)  # of each byte: epoch and warp
-        self._read = np.full(size, -1, np.int32)
-        self._filling = np.zeros(size, np.int16)  # asynchronous copies that may land there at any time
-        self._in_use = np.zeros(size, np.int16)  # asynchronous matrix products that may still read it
+        self._written = np.full(self.size // unit, -1, np.int32)  # of each unit: epoch and warp
+        self._read = np.full(self.size // unit, -1, np.int32)
+        self._filling = np.zeros(self.size // unit, np.bool_)  # an asynchronous copy may land there at any time
+        self._in_use = np.zeros(self.size // unit, np.int16)  # asynchronous matrix products that may still read it
 
     def load(self, address: np.ndarray, size: int, count: int, warp: np.ndarray) -> np.ndarray:
         """Return (lanes, count) words of a size in bytes."""
-        self.read(self._bytes(address, size * count), warp)
+        self.read(address, size * count, warp)
         return self.words[size][(address // size)[:, None] + np.arange(count)]
 
     def store(self, address: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:
         """Write (lanes, count) words."""
         size, count = values.dtype.itemsize, values.shape[1]
-        self.write(self._bytes(address, size * count), warp)
+        self._write(self._units(address, size * count), warp)
         index = (address // size)[:, None] + np.arange(count)
         self.words[size][index] = values
         if (self.words[size][index] != values).any():
             raise MemoryFault("two threads write different values to one address of shared memory")
 
-    def read(self, where: np.ndarray, warp: np.ndarray) -> None:
-        """Check and note that warps read bytes: (lanes, bytes) addresses."""
+    def read(self, address: np.ndarray, size: int, warp: np.ndarray) -> None:
+        """Check and note that warps read: (lanes,) addresses."""
+        where, now = self._units(address, size), (self.epoch << 6) + warp[:, None]
         if self._filling[where].any():
             raise MemoryFault("shared memory is read while an asynchronous copy to it is under way")
-        now = (self.epoch << 6) + warp[:, None]
         self._refuse(where, self._by_others(self._written[where], now), "read after another warp wrote")
         before = self._read[where]
         self._read[where] = np.where(self._by_others(before, now), now | SEVERAL, now)
         together = where[(self._read[where] != now) & (before < now)]
         self._read[together] = self.epoch << 6 | SEVERAL  # read by several in this instruction
 
-    def write(self, where: np.ndarray, warp: np.ndarray) -> None:
-        """Check and note that warps write bytes: (lanes, bytes) addresses."""
+    def fill(self, address: np.ndarray, size: int, warp: np.ndarray) -> None:
+        """Asynchronous copies to (lanes,) addresses begin."""
+        where = self._units(address, size)
+        self._write(where, warp)
+        self._filling[where] = True
+
+    def land(self, address: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:
+        """They have been waited for: (lanes, bytes) values."""
+        where = self._units(address, values.shape[1])
+        self._filling[where] = False
+        self._write(where, warp)
+        self.data[address[:, None] + np.arange(values.shape[1])] = values
+
+    def use(self, address: np.ndarray) -> None:
+        """An asynchronous matrix product that reads the 16-bit words at these addresses begins."""
+        where = address // self._unit
+        if self._filling[where].any():
+            raise MemoryFault("a matrix product reads shared memory to which an asynchronous copy is under way")
+        self._refuse(where, self._written[where] >= self.epoch << 6, "read by a matrix product after it was written")
+        self._in_use[where] += 1  # once for all words of a unit
+
+    def finish(self, address: np.ndarray, *, several: bool) -> None:
+        """It has been waited for; several: other warpgroups may still be at theirs."""
+        where = address // self._unit
+        self._in_use[where] -= 1
+        if several:
+            self._read[where] = self.epoch << 6 | SEVERAL
+
+    def _write(self, where: np.ndarray, warp: np.ndarray) -> None:
         if self._filling[where].any() or self._in_use[where].any():
             raise MemoryFault("shared memory is written while an asynchronous copy or matrix product uses it")
         now = (self.epoch << 6) + warp[:, None]
@@ -216,44 +248,20 @@ class SharedMemory:
         self._refuse(where, self._by_others(self._read[where], now), "written after another warp read")
         self._written[where] = now
 
-    def fill(self, where: np.ndarray, warp: np.ndarray) -> None:
-        """An asynchronous copy to these bytes begins."""
-        self.write(where, warp)
-        self._filling[where] += 1
-
-    def land(self, where: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:
-        """It has been waited for: (lanes, bytes) values."""
-        self._filling[where] -= 1
-        self.write(where, warp)
-        self.data[where] = values
-
-    def use(self, where: np.ndarray) -> None:
-        """An asynchronous matrix product that reads the 16-bit words at these addresses, each once, begins."""
-        if self._filling[where].any():
-            raise MemoryFault("a matrix product reads shared memory to which an asynchronous copy is under way")
-        self._refuse(where, self._written[where] >= self.epoch << 6, "read by a matrix product after it was written")
-        self._in_use[where] += 1
-
-    def finish(self, where: np.ndarray, *, several: bool) -> None:
-        """It has been waited for; several: other warpgroups may still be at theirs."""
-        self._in_use[where] -= 1
-        if several:
-            self._read[where] = self.epoch << 6 | SEVERAL
-
     def _by_others(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
         return (before >= self.epoch << 6) & (before != now)
 
-    def _bytes(self, address: np.ndarray, size: int) -> np.ndarray:
+    def _units(self, address: np.ndarray, size: int) -> np.ndarray:
         if (address % size).any():
             raise MemoryFault(f"an address of shared memory is not a multiple of the access's {size} bytes")
         if len(address) and (address.min() < 0 or address.max() + size > self.size):
             raise MemoryFault(f"address {address.max()} of shared memory is outside of its {self.size} bytes")
-        return address[:, None] + np.arange(size)
+        return (address // self._unit)[:, None] + np.arange(size // self._unit)
 
-    @staticmethod
-    def _refuse(where: np.ndarray, bad: np.ndarray, what: str) -> None:
+    def _refuse(self, where: np.ndarray, bad: np.ndarray, what: str) -> None:
         if bad.any():
-            raise MemoryFault(f"byte {where[bad][0]} of shared memory is {what}, without a barrier between them")
+            byte = where[bad][0] * self._unit
+            raise MemoryFault(f"byte {byte} of shared memory is {what}, without a barrier between them")
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -48,6 +48,11 @@ class Program:
     blocks: list[list[Instruction]] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def opcodes(self) -> set[str]:
+        """All that occur."""
+        return {each.opcode for block in self.blocks for each in block}
+
 
 def parse(ptx: str) -> Program:
     """Return the kernel of a module that Triton wrote.

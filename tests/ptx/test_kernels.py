@@ -1,0 +1,66 @@
+"""The kernels with their own configs for each architecture, in bfloat16, which the interpreter gets wrong.
+
+`make test-ptx` runs the tests for a GPU on sm_90, too, and `make test-ptx-all` all of them on all that are known here.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hf_fastattn import ops, reference
+from tests.interpret.decode_call import Call
+
+from .launches import emulated, on_the_way_of_a_gpu
+
+pytestmark = pytest.mark.ptx
+
+BF16 = {"dtype": torch.bfloat16, "block_size": 64}
+
+
+@pytest.fixture(params=[80, 90, 100], ids="sm_{}".format)
+def arch(request):
+    with emulated(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "query_len"), [(8, 2, 1), (16, 1, 1), (8, 2, 8), (8, 1, 16)])
+def test_decode(arch, heads, kv_heads, query_len):
+    """Up to 128 rows for a key head: 4 to 16 take mma, more take wgmma on sm_90."""
+    call = Call((300, 133, 0, 17), heads=heads, kv_heads=kv_heads, query_len=query_len, dim=128, **BF16)
+    if (arch, query_len) == (100, 16):
+        pytest.skip("that many rows take tensor memory, which the machine does not know")
+    call.check(5, default_config=True)
+
+
+@pytest.mark.parametrize("num_programs", [3, 16])
+def test_decode_of_shared_prefixes(arch, num_programs):
+    call = Call((330, 340, 200), heads=8, kv_heads=2, dim=64, **BF16).share([0, 3, 0, 2], [0, 2, 2, 4])
+    call.check(num_programs, default_config=True)
+
+
+def test_decode_options(arch):
+    call = Call((300, 133, 17), heads=8, kv_heads=2, dim=80, dtype=torch.bfloat16, block_size=16)
+    call.key_mask = (torch.rand(3, 300, generator=torch.Generator().manual_seed(0)) > 0.3).to(torch.int8)
+    call.sinks = torch.linspace(-2, 2, 8)
+    call.options |= {"window": 100, "softcap": 20.0}
+    call.check(4, default_config=True)
+
+
+@pytest.mark.parametrize("arch", [80], indirect=True, ids=["sm_80"])  # sm_90: tests/gpu; sm_100: tensor memory
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_prefill(arch, dim):
+    """Several tiles of queries and keys, with masks and without."""
+    call = Call((330, 140), heads=4, kv_heads=2, query_len=130, dim=dim, **BF16)
+    where = {"block_table": call.block_table, "seq_lens": call.seq_lens, "softmax_scale": dim**-0.5}
+    with on_the_way_of_a_gpu():
+        for options in ({}, {"window": 50, "sinks": torch.linspace(-2, 2, 4)}):
+            out = ops.prefill_attention(call.q, call.k, call.v, **where, **options)
+            exact, plain = (
+                reference.prefill_attention(
+                    *(x.to(dtype) for x in (call.q, call.k, call.v)), **where, **options
+                ).double()
+                for dtype in (torch.float64, torch.bfloat16)
+            )
+            rounding = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+            assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
