@@ -29,6 +29,7 @@ from .generate import GENERATE_FAULTS
 from .glue import GLUE_FAULTS
 from .linear import LINEAR_FAULTS
 from .offload import OFFLOAD_FAULTS
+from .ptx import PTX_FAULTS
 from .sharing import SHARING_FAULTS
 from .windows import WINDOW_FAULTS
 
@@ -152,7 +153,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
     options = parser.parse_args()
     known = FAULTS + DECODE_FAULTS + GLUE_FAULTS + AUTO_FAULTS + LINEAR_FAULTS + OFFLOAD_FAULTS + SHARING_FAULTS
-    known += WINDOW_FAULTS + GENERATE_FAULTS + CONTINUOUS_FAULTS
+    known += WINDOW_FAULTS + GENERATE_FAULTS + CONTINUOUS_FAULTS + PTX_FAULTS
     chosen = [f for f in known if not options.words or any(w in f.name or w in f.file for w in options.words)]
     if importlib.util.find_spec("triton") is None:
         chosen = [fault for fault in chosen if not fault.interpreted]

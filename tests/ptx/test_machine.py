@@ -185,6 +185,15 @@ def test_shared_memory_between_warps_needs_barriers():
         run(EXCHANGE.replace("BARRIER", "bar.sync 0;", 1).replace("BARRIER", ""), memory)
 
 
+def test_global_memory_between_warps_needs_barriers():
+    body = f"{ADDRESS} xor.b32 %r2, %r0, 32; mad.wide.s32 %rd11, %r2, 4, %rd0; st.global.b32 [ %rd10 + 0 ], {{ %r0 }};"
+    load = "ld.global.b32 { %r3 }, [ %rd11 + 0 ];"
+    memory = torch.zeros(THREADS, dtype=torch.int32)
+    run(f"{body} bar.sync 0; {load}", memory)
+    with pytest.raises(Stopped, match=r"warp . of program 0 reads what warp . of program 0 wrote, without"):
+        run(body + load, memory)
+
+
 COPY = """
     shl.b32 %r2, %r0, 4;
     mad.wide.s32 %rd10, %r0, 16, %rd0;
@@ -246,6 +255,37 @@ def test_what_other_programs_wrote_is_read_behind_an_atomic_and_a_barrier(seed):
         count(barrier="")
     with pytest.raises(Stopped, match="wrote, through the cache of constants"):
         count(load="ld.global.nc.b32")
+
+
+def test_what_an_atomic_has_seen_is_known_to_its_warp_alone_until_a_barrier():
+    """The second program reads what the first one wrote, in those orders in which the first one is through by then."""
+    body = """
+        mad.wide.s32 %rd10, %r1, 256, %rd0;
+        mad.wide.s32 %rd11, %r0, 4, %rd10;
+        mov.b32 %r2, 1;
+        st.global.b32 [ %rd11 + 0 ], { %r2 };
+        bar.sync 0;
+        setp.eq.s32 %p1, %r0, 0;
+        @%p1 atom.global.gpu.acq_rel.add.u32 %r3, [ %rd1 + 0 ], %r2;
+        BARRIER
+        setp.eq.s32 %p2, %r1, 0;
+        @%p2 bra $END;
+        ld.global.b32 { %r4 }, [ %rd11 + -256 ];
+        $END:
+    """
+
+    def works(barrier, seed):
+        try:
+            parts, counter = (torch.zeros(size, dtype=torch.int32) for size in (2 * THREADS, 1))
+            run(body.replace("BARRIER", barrier), parts, counter, grid=2, seed=seed)
+        except Stopped as error:
+            assert "warp 1 of program 1 reads what warp" in str(error) or barrier  # noqa: PT017
+            return False
+        return True
+
+    good = [seed for seed in range(10) if works("bar.sync 0;", seed)]
+    assert good
+    assert len([seed for seed in good if works("", seed)]) < len(good)
 
 
 ROWS_OF_B = "mad.lo.s32 %r11, %r10, 16, 512;"
