@@ -1,6 +1,6 @@
 """The decode kernel in Triton's interpreter: its options and their edges, every result against the float64 oracle.
 
-bf16, which is wrong in the interpreter, runs on GPUs. The algorithm itself: test_decode_algorithm.py.
+bf16, which is wrong in the interpreter: tests/ptx, tests/gpu. The algorithm itself: test_decode_algorithm.py.
 """
 
 import pytest
