@@ -28,6 +28,16 @@ PTX_FAULTS = [
         ),
     ),
     *_faults(
+        "tests/ptx/traffic.py",
+        MACHINE,
+        ("bank conflicts are not seen", "np.bincount(words % BANKS).max()", "np.bincount(words % BANKS).min()"),
+        (
+            "a sector is as large as an access",
+            "np.arange(0, size, piece)) // SECTOR",
+            "np.arange(0, size, piece)) // size",
+        ),
+    ),
+    *_faults(
         MEMORY,
         MACHINE,
         ("reads of shared memory do not wait", 'self._by_others(self._written[where], now), "read', 'now < 0, "read'),

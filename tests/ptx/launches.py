@@ -27,6 +27,7 @@ from hf_fastattn.ops import _library
 from .machine import Machine
 from .memory import GlobalMemory
 from .program import parse
+from .traffic import Traffic
 
 Edit = Callable[[str, str], str]
 _compiled: dict[Any, Any] = {}
@@ -38,11 +39,13 @@ def run(
     arch: int,
     turns: random.Random,
     edit: Edit | None = None,
+    traffic: Traffic | None = None,
 ) -> None:
     """Run a launch as compiled for sm_<arch>; its programs take turns at atomics, in an order that ``turns`` draws.
 
     Args:
         edit: makes of a kernel's name and PTX the PTX that runs.
+        traffic: where accesses to memory are counted.
 
     Raises:
         tests.ptx.machine.Stopped: a program does what it must not do.
@@ -63,8 +66,8 @@ def run(
     arguments = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
     names = machine.program.params
     arguments += [0] * (len(names) - len(arguments))  # scratch memory that these kernels do not ask for
-    memory = GlobalMemory([tensor for tensor in tensors if tensor is not None])
-    machine.launch(launch.grid, dict(zip(names, arguments, strict=True)), memory)
+    memory = GlobalMemory([tensor for tensor in tensors if tensor is not None], traffic)
+    machine.launch(launch.grid, dict(zip(names, arguments, strict=True)), memory, traffic)
     with np.errstate(all="ignore"):
         take_turns(machine, int(np.prod(launch.grid)), turns)
 
@@ -89,13 +92,14 @@ def _is_off(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def emulated(arch: int, seed: int = 0, edit: Edit | None = None) -> Iterator[None]:
+def emulated(arch: int, seed: int = 0, edit: Edit | None = None, traffic: Traffic | None = None) -> Iterator[None]:
     """Let launches on CPU tensors choose the configs of an architecture and run as compiled for it, see :func:`run`."""
     turns = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
         for module in (_launch, decode_linear):
             patch.setattr(module, "INTERPRETED_ARCH", arch)
-        patch.setattr(_launch.Launch, "__call__", lambda launch, *tensors: run(launch, tensors, arch, turns, edit))
+        call = lambda launch, *tensors: run(launch, tensors, arch, turns, edit, traffic)  # noqa: E731
+        patch.setattr(_launch.Launch, "__call__", call)
         _forget_choices()
         yield
     _forget_choices()

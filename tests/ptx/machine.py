@@ -12,6 +12,7 @@ import numpy as np
 from . import matrix
 from .memory import WORDS, GlobalMemory, MemoryFault, SharedMemory, Who
 from .program import Instruction, Program
+from .traffic import Traffic
 
 Step = Callable[[], Any]
 
@@ -62,9 +63,19 @@ class Machine:
         self.launch((1, 1, 1), {}, GlobalMemory([]))
         self._blocks = [([(self._build(each), each) for each in block], block[-1]) for block in program.blocks]
 
-    def launch(self, grid: tuple[int, int, int], arguments: dict[str, Any], memory: GlobalMemory) -> None:
-        """Prepare for the programs of a grid, with values of the kernel's parameters by name."""
-        self._grid, self._arguments, self._memory = grid, arguments, memory
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        arguments: dict[str, Any],
+        memory: GlobalMemory,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """Prepare for the programs of a grid, with values of the kernel's parameters by name.
+
+        Args:
+            traffic: where accesses to shared memory are counted.
+        """
+        self._grid, self._arguments, self._memory, self._traffic = grid, arguments, memory, traffic
         for axis, size in zip("xyz", grid, strict=True):
             self._special[f"%nctaid.{axis}"][:] = size
         self._begin(0)
@@ -73,7 +84,7 @@ class Machine:
         x, y, _ = self._grid
         for axis, value in zip("xyz", (index % x, index // x % y, index // x // y), strict=True):
             self._special[f"%ctaid.{axis}"][:] = value
-        self.shared = SharedMemory(self._shared_bytes, self._shared_unit)
+        self.shared = SharedMemory(self._shared_bytes, self._shared_unit, self._traffic)
         self._who = Who(index, 0)
         self._issued: list[Any] = []  # asynchronous copies not yet in a group
         self._groups: list[list[Any]] = []

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .traffic import Traffic
+
 SEVERAL = 63
 """Stands for more than one warp, in six bits."""
 
@@ -37,7 +39,8 @@ class GlobalMemory:
     read by all.
     """
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, tensors: list[torch.Tensor], traffic: Traffic | None = None) -> None:
+        self._traffic = traffic
         spans = sorted(_span(tensor) for tensor in tensors if tensor.numel())
         merged: list[list[int]] = []
         for begin, end in spans:  # views of one tensor overlap
@@ -55,6 +58,8 @@ class GlobalMemory:
         self, address: np.ndarray, size: int, count: int, warp: np.ndarray, who: Who, *, constant: bool = False
     ) -> np.ndarray:
         """Return (lanes, count) words of a size in bytes; constant: nobody may have written there in this launch."""
+        if self._traffic is not None:
+            self._traffic.add_global(address, size * count, warp)
         out = np.empty((len(address), count), WORDS[size])
         for part, lanes in self._parts_of(address, size * count):
             offset = address[lanes] - part.begin
@@ -65,6 +70,8 @@ class GlobalMemory:
     def store(self, address: np.ndarray, values: np.ndarray, warp: np.ndarray, who: Who) -> None:
         """Write (lanes, count) words."""
         size, count = values.dtype.itemsize, values.shape[1]
+        if self._traffic is not None:
+            self._traffic.add_global(address, size * count, warp)
         for part, lanes in self._parts_of(address, size * count):
             offset = address[lanes] - part.begin
             index = (offset // size)[:, None] + np.arange(count)
@@ -177,7 +184,8 @@ class SharedMemory:
         unit: bytes that a program accesses at once at least; accesses are told apart by that.
     """
 
-    def __init__(self, size: int, unit: int = 1) -> None:
+    def __init__(self, size: int, unit: int = 1, traffic: Traffic | None = None) -> None:
+        self._traffic = traffic
         self.size, self._unit = -(-max(size, 16) // 16) * 16, unit
         self.data = np.full(self.size // 4, 0x7FC17FC1, np.uint32).view(np.uint8)
         self.words = {width: self.data.view(word) for width, word in WORDS.items()}
@@ -195,7 +203,7 @@ class SharedMemory:
     def store(self, address: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:
         """Write (lanes, count) words."""
         size, count = values.dtype.itemsize, values.shape[1]
-        self._write(self._units(address, size * count), warp)
+        self._write(self._units(address, size * count, warp), warp)
         index = (address // size)[:, None] + np.arange(count)
         self.words[size][index] = values
         if (self.words[size][index] != values).any():
@@ -203,7 +211,7 @@ class SharedMemory:
 
     def read(self, address: np.ndarray, size: int, warp: np.ndarray) -> None:
         """Check and note that warps read: (lanes,) addresses."""
-        where, now = self._units(address, size), (self.epoch << 6) + warp[:, None]
+        where, now = self._units(address, size, warp), (self.epoch << 6) + warp[:, None]
         if self._filling[where].any():
             raise MemoryFault("shared memory is read while an asynchronous copy to it is under way")
         self._refuse(where, self._by_others(self._written[where], now), "read after another warp wrote")
@@ -214,13 +222,13 @@ class SharedMemory:
 
     def fill(self, address: np.ndarray, size: int, warp: np.ndarray) -> None:
         """Asynchronous copies to (lanes,) addresses begin."""
-        where = self._units(address, size)
+        where = self._units(address, size, warp)
         self._write(where, warp)
         self._filling[where] = True
 
     def land(self, address: np.ndarray, values: np.ndarray, warp: np.ndarray) -> None:
         """They have been waited for: (lanes, bytes) values."""
-        where = self._units(address, values.shape[1])
+        where = self._units(address, values.shape[1])  # counted when it began
         self._filling[where] = False
         self._write(where, warp)
         self.data[address[:, None] + np.arange(values.shape[1])] = values
@@ -251,11 +259,13 @@ class SharedMemory:
     def _by_others(self, before: np.ndarray, now: np.ndarray) -> np.ndarray:
         return (before >= self.epoch << 6) & (before != now)
 
-    def _units(self, address: np.ndarray, size: int) -> np.ndarray:
+    def _units(self, address: np.ndarray, size: int, warp: np.ndarray | None = None) -> np.ndarray:
         if (address % size).any():
             raise MemoryFault(f"an address of shared memory is not a multiple of the access's {size} bytes")
         if len(address) and (address.min() < 0 or address.max() + size > self.size):
             raise MemoryFault(f"address {address.max()} of shared memory is outside of its {self.size} bytes")
+        if self._traffic is not None and warp is not None:
+            self._traffic.add_shared(address, size, warp)
         return (address // self._unit)[:, None] + np.arange(size // self._unit)
 
     def _refuse(self, where: np.ndarray, bad: np.ndarray, what: str) -> None:

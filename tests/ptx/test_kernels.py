@@ -9,9 +9,11 @@ import torch
 pytest.importorskip("triton")
 
 from hf_fastattn import ops, reference
+from hf_fastattn.kernels import decode_linear, decode_linear_plan
 from tests.interpret.decode_call import Call
 
 from .launches import emulated, on_the_way_of_a_gpu
+from .traffic import Traffic
 
 pytestmark = pytest.mark.ptx
 
@@ -65,3 +67,42 @@ def test_prefill(arch, dim):
             )
             rounding = 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
             assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_decode_reads_memory_without_detours(arch, query_len):
+    """Keys and values are read once, by whole sectors, and no two threads wait for one bank of shared memory.
+
+    The rest is queries, results, partial results and the schedule.
+    """
+    call, traffic = Call((512, 512), heads=8, kv_heads=2, query_len=query_len, dim=128, **BF16), Traffic()
+    with emulated(arch, traffic=traffic):
+        call.run(4)
+    keys = sum(x[call.block_table[call.block_table >= 0].long()].numel() * x.itemsize for x in (call.k, call.v))
+    assert keys / 32 < traffic.fewest_sectors <= traffic.sectors < 1.06 * keys / 32
+    assert 0 < traffic.wavefronts == traffic.fewest_wavefronts
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_prefill_reads_memory_without_detours(arch):
+    call, traffic = Call((256,), heads=2, kv_heads=1, query_len=256, dim=128, **BF16), Traffic()
+    where = {"block_table": call.block_table, "seq_lens": call.seq_lens, "softmax_scale": 0.1}
+    with emulated(arch, traffic=traffic), on_the_way_of_a_gpu():
+        ops.prefill_attention(call.q, call.k, call.v, **where)
+    assert traffic.fewest_sectors > sum(x.numel() * x.itemsize for x in (call.q, call.k[:4], call.v[:4])) / 32
+    assert traffic.sectors == traffic.fewest_sectors
+    assert 0 < traffic.wavefronts == traffic.fewest_wavefronts
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 16])
+def test_linear_layers_read_memory_without_detours(arch, num_rows):
+    plan, traffic = decode_linear_plan.choose(num_rows, 4096, 4096, torch.bfloat16, arch), Traffic()
+    x, weight = torch.randn(num_rows, 1024).bfloat16(), torch.randn(256, 1024).bfloat16()
+    with emulated(arch, traffic=traffic):
+        (out,) = decode_linear.run(x, [weight], [None], plan)
+    torch.testing.assert_close(out, x @ weight.T, rtol=2**-6, atol=2**-4)
+    assert traffic.fewest_sectors > weight.numel() * weight.itemsize / 32
+    assert traffic.sectors < 1.01 * traffic.fewest_sectors
+    assert 0 < traffic.wavefronts == traffic.fewest_wavefronts

@@ -15,13 +15,14 @@ from . import launches
 from .machine import Machine, Stopped
 from .memory import GlobalMemory
 from .program import parse
+from .traffic import Traffic
 
 pytestmark = pytest.mark.ptx
 
 THREADS = 64
 
 
-def run(body, *tensors, grid=1, shared_bytes=1024, seed=0):
+def run(body, *tensors, grid=1, shared_bytes=1024, seed=0, traffic=None):
     """Run programs of 64 threads; their parameters a0, a1, ... are the addresses of the tensors, in %rd0, %rd1, ..."""
     names = [f"k_param_{i}" for i in range(len(tensors))]
     text = "\n".join(
@@ -43,7 +44,7 @@ def run(body, *tensors, grid=1, shared_bytes=1024, seed=0):
     )
     arguments = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
     machine = Machine(parse(text), shared_bytes)
-    machine.launch((grid, 1, 1), arguments, GlobalMemory(list(tensors)))
+    machine.launch((grid, 1, 1), arguments, GlobalMemory(list(tensors), traffic), traffic)
     with np.errstate(all="ignore"):
         launches.take_turns(machine, grid, random.Random(seed))
 
@@ -192,6 +193,21 @@ def test_global_memory_between_warps_needs_barriers():
     run(f"{body} bar.sync 0; {load}", memory)
     with pytest.raises(Stopped, match=r"warp . of program 0 reads what warp . of program 0 wrote, without"):
         run(body + load, memory)
+
+
+@pytest.mark.parametrize(("stride", "sectors", "wavefronts"), [(4, 8, 2), (8, 16, 4), (64, 64, 32), (128, 64, 64)])
+def test_traffic(stride, sectors, wavefronts):
+    """Two warps access a word per thread, so many bytes apart: one pass a warp at best, all in one bank at worst."""
+    body = f"""
+        mad.wide.s32 %rd10, %r0, {stride}, %rd0;
+        ld.global.b32 {{ %r2 }}, [ %rd10 + 0 ];
+        mul.lo.s32 %r3, %r0, {stride};
+        st.shared.b32 [%r3], %r2;
+    """
+    traffic = Traffic()
+    run(body, torch.zeros(32 * THREADS, dtype=torch.int32), shared_bytes=128 * THREADS, traffic=traffic)
+    assert (traffic.sectors, traffic.fewest_sectors) == (sectors, 8)
+    assert (traffic.wavefronts, traffic.fewest_wavefronts) == (wavefronts, 2)
 
 
 COPY = """
