@@ -53,6 +53,10 @@ PTX_FAULTS = [
         MACHINE,
         ("all threads follow the first", "if (predicate != taken).any():", "if False:"),
         ("copies need not be waited for", "if self._issued or any(self._groups) or any(self._products):", "if False:"),
+    ),
+    *_faults(
+        "tests/ptx/arithmetic.py",
+        MACHINE,
         ("integers are shifted without their sign", "kinds[-1], np.right_shift", '"u" + kinds[-1][1:], np.right_shift'),
         ("NaN is less than all", "np.logical_not(function(a, b), out=target)", "np.less_equal(a, b, out=target)"),
     ),

@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 from tests.interpret.decode_call import Call
 
 from . import launches
-from .machine import Machine, Stopped
+from .machine import Machine
 from .memory import GlobalMemory
+from .operands import Stopped
 from .program import parse
 from .traffic import Traffic
 
