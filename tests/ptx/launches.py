@@ -48,7 +48,7 @@ def run(
         traffic: where accesses to memory are counted.
 
     Raises:
-        tests.ptx.machine.Stopped: a program does what it must not do.
+        tests.ptx.operands.Stopped: a program does what it must not do.
     """
     case = _compile.case_from_call(launch.kernel.__name__, launch, tensors, {})
     values = dict(zip((each.name for each in launch.kernel.params), (*tensors, *launch.scalars), strict=False))
@@ -58,7 +58,7 @@ def run(
     if key not in _compiled:
         kernel = _compile.compiled(case, arch)
         ptx, shared_bytes = kernel.asm["ptx"], kernel.metadata.shared
-        _compiled[key] = (ptx, Machine(parse(ptx), shared_bytes), shared_bytes)
+        _launch.keep(_compiled, key, (ptx, Machine(parse(ptx), shared_bytes), shared_bytes), most=64)
     ptx, machine, shared_bytes = _compiled[key]
     if edit is not None:
         machine = Machine(parse(edit(case.name, ptx)), shared_bytes)
@@ -95,14 +95,19 @@ def _is_off(value: Any) -> bool:
 def emulated(arch: int, seed: int = 0, edit: Edit | None = None, traffic: Traffic | None = None) -> Iterator[None]:
     """Let launches on CPU tensors choose the configs of an architecture and run as compiled for it, see :func:`run`."""
     turns = random.Random(seed)
+
+    def call(launch: _launch.Launch, *tensors: torch.Tensor | None) -> None:
+        run(launch, tensors, arch, turns, edit, traffic)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (_launch, decode_linear):
             patch.setattr(module, "INTERPRETED_ARCH", arch)
-        call = lambda launch, *tensors: run(launch, tensors, arch, turns, edit, traffic)  # noqa: E731
         patch.setattr(_launch.Launch, "__call__", call)
         _forget_choices()
-        yield
-    _forget_choices()
+        try:
+            yield
+        finally:
+            _forget_choices()
 
 
 def _forget_choices() -> None:
@@ -123,5 +128,7 @@ def on_the_way_of_a_gpu() -> Iterator[None]:
         for name, direct in _library.DIRECT.items():
             patch.setitem(direct, "cpu", direct["cuda"])
             registered.impl(name, direct["cuda"], "CPU", allow_override=True)
-        yield
-        registered._destroy()
+        try:
+            yield
+        finally:
+            registered._destroy()

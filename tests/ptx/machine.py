@@ -1,7 +1,9 @@
 """A machine that runs PTX: all threads of a program in lockstep, an instruction at a time, on numpy arrays.
 
 What it is for: to see what the compiled kernels compute, and what memory they touch, where there is no GPU. It knows
-the instructions that Triton writes for this package's kernels and refuses others. It says nothing about time.
+the instructions that Triton writes for this package's kernels and refuses others. It says nothing about time, takes
+fences for granted, and multiplies matrices when a product is issued, not when it is waited for: only shared memory that
+is written meanwhile is noticed.
 """
 
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ Step = Callable[[], Any]
 """An instruction made ready to run; a branch returns whether it is taken."""
 
 FILES = {"p": np.bool_, "rs": np.uint16, "r": np.uint32, "rd": np.uint64}
+"""Register files by the letters of their registers."""
 TYPES = {
     "pred": np.bool_,
     **{f"{kind}{8 * np.dtype(word).itemsize}": word for kind in "bu" for word in WORDS.values()},
@@ -30,12 +31,15 @@ def unknown(instruction: Instruction) -> Stopped:
 
 
 def known(kind: str, kinds: tuple[str, ...], instruction: Instruction) -> str:
+    """Return a kind that is one of those; raise for another."""
     if kind not in kinds:
         raise unknown(instruction)
     return kind
 
 
 def assign(target: np.ndarray, compute: Callable[[], Any]) -> Step:
+    """Return the step that writes a result into a register."""
+
     def assign() -> None:
         target[:] = compute()
 
@@ -73,11 +77,10 @@ class Operands:
             return np.array(list(self.program.params).index(operand), word)
         if operand.startswith("0f"):
             return np.uint32(int(operand[2:], 16)).view(word)
-        number = int(operand, 0)
-        bits = 8 * np.dtype(word).itemsize
-        return (
-            bool(number) if kind == "pred" else np.array(number % 2**bits, np.uint64).astype(f"u{bits // 8}").view(word)
-        )
+        number, size = int(operand, 0), np.dtype(word).itemsize
+        if kind == "pred":
+            return bool(number)
+        return np.array(number % 2 ** (8 * size), f"u{size}").view(word)
 
     def _address(self, operand: str) -> tuple[Any, int]:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
