@@ -55,10 +55,10 @@ test-ptx-all: $(VENV)/.ready
 		FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=$$arch $(PYTEST) tests/gpu || exit 1; \
 	done
 
-# The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute, as compiled for an
-# H100, and how they are launched. PYTHONPATH=.venv/triton-... make test-compile compiles every config with it.
+# The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute, as compiled, and
+# how they are launched. PYTHONPATH=.venv/triton-... make test-compile, or test-ptx-all, does all of it.
 test-newest-triton: $(VENV)/.ready $(TRITON_ONLY)/.ready
-	PYTHONPATH=$(TRITON_ONLY) FASTATTN_TEST_PTX=90 $(PYTEST) -m interpret tests/interpret
+	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m ptx tests/ptx/test_kernels.py
 	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m compile $(addprefix tests/compile/test_,decode_step.py generate_launches.py hot_loop.py kept_launches.py)
 
 # The tests for a GPU as far as a CPU goes, with the oldest transformers: what is wrong with them shows before they meet one.

@@ -95,6 +95,8 @@ class Arithmetic(Operands):
     def _extremum(self, instruction: Instruction, kinds: list[str], function: Callable[..., Any]) -> Step:
         if "NaN" in kinds or "ftz" in kinds:
             raise unknown(instruction)
+        if len(instruction.operands) == 4:  # of three values, on sm_100
+            return self._computed(instruction, kinds[-1], lambda a, b, c: function(function(a, b), c))
         if "relu" in kinds:
             return self._computed(instruction, kinds[-1], lambda a, b: np.maximum(function(a, b), 0))
         return self._elementwise(instruction, kinds[-1], function)

@@ -49,7 +49,7 @@ def test_decode_options(arch):
     call.check(4, default_config=True)
 
 
-@pytest.mark.parametrize("arch", [80], indirect=True, ids=["sm_80"])  # sm_90: tests/gpu; sm_100: tensor memory
+@pytest.mark.parametrize("arch", [80, 90], indirect=True, ids="sm_{}".format)  # sm_100 takes tensor memory
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_prefill(arch, dim):
     """Several tiles of queries and keys, with masks and without; the table ends with the last sequence's last block."""

@@ -115,6 +115,7 @@ def test_integers(operation, wanted):
         ("mul.f32 %r10, %r11, 0f3F000000;", lambda a, b, c: a * 0.5),
         ("fma.rn.f32 %r10, %r11, %r12, %r13;", lambda a, b, c: (a.double() * b.double() + c.double()).float()),
         ("max.f32 %r10, %r11, %r12;", lambda a, b, c: torch.fmax(a, b)),
+        ("max.f32 %r10, %r11, %r12, %r13;", lambda a, b, c: torch.fmax(torch.fmax(a, b), c)),
         ("ex2.approx.ftz.f32 %r10, %r11;", lambda a, b, c: torch.exp2(a)),
         (f"{TO_BF16} mov.b32 {{_, %rs1}}, %r10; {FROM_BF16}", lambda a, b, c: b.bfloat16().float()),
         (f"{TO_BF16} mov.b32 {{%rs1, _}}, %r10; {FROM_BF16}", lambda a, b, c: c.bfloat16().float()),
