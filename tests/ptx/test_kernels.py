@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_fastattn import ops, reference
-from hf_fastattn.kernels import decode_linear, decode_linear_plan
+from hf_fastattn.kernels import decode_linear, decode_linear_plan, store_kv
 from tests.interpret.decode_call import Call
 
 from .launches import emulated, on_the_way_of_a_gpu
@@ -47,6 +47,17 @@ def test_decode_options(arch):
     call.sinks = torch.linspace(-2, 2, 8)
     call.options |= {"window": 100, "softcap": 20.0}
     call.check(4, default_config=True)
+
+
+def test_store(arch):
+    """New tokens of two sequences land behind their old ones, bit for bit, and nothing else changes."""
+    new = torch.randn(2, 2, 5, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    caches = [torch.full((4, 16, 2, 80), 7.0, dtype=torch.bfloat16) for _ in range(4)]
+    table, past_lens = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32), torch.tensor([14, 0], dtype=torch.int32)
+    reference.store_kv(new, -new, *caches[2:], table, past_lens)
+    store_kv.launch(new, -new, *caches[:2], table, past_lens, None)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(caches[:2], caches[2:], strict=True))
+    assert (caches[0] != 7.0).any()
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True, ids="sm_{}".format)  # sm_100 takes tensor memory
@@ -95,7 +106,7 @@ def test_prefill_reads_memory_without_detours(arch):
     assert 0 < traffic.wavefronts == traffic.fewest_wavefronts
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 16])
 def test_linear_layers_read_memory_without_detours(arch, num_rows):
     plan, traffic = decode_linear_plan.choose(num_rows, 4096, 4096, torch.bfloat16, arch), Traffic()
