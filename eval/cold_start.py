@@ -28,9 +28,10 @@ PROMPT = 64
 NEW_TOKENS = 16
 
 
-def child(model_name: str, device_name: str, dtype_name: str) -> dict[str, float]:
-    """Go through the stages in this process; return the seconds of each."""
+def child(model_name: str, device_name: str, dtype_name: str, layers: str) -> dict[str, float]:
+    """Go through the stages in this process; return the seconds of each. layers: of a named shape; "" for all."""
     device, times, last = torch.device(device_name), {}, time.perf_counter()
+    few = int(layers) if layers else None
 
     def note(stage: str) -> None:
         nonlocal last
@@ -38,7 +39,7 @@ def child(model_name: str, device_name: str, dtype_name: str) -> dict[str, float
         now = time.perf_counter()
         times[stage], last = now - last, now
 
-    model: Any = common.load_model(model_name, device, getattr(torch, dtype_name))
+    model: Any = common.load_model(model_name, device, getattr(torch, dtype_name), layers=few)
     model.set_attn_implementation("fastattn")
     common.hf_fastattn.paged(model)
     note("load_s")
@@ -52,6 +53,12 @@ def child(model_name: str, device_name: str, dtype_name: str) -> dict[str, float
             note(stage)
     return times
 
+
+PREPARE = """
+import sys, torch, transformers
+torch.zeros(1, device=sys.argv[1])
+"""
+"""Reads the libraries from the disk once, which is not what is measured."""
 
 CHILD = """
 import json, sys, time
@@ -68,7 +75,7 @@ print(json.dumps(times))
 
 
 def run_child(arguments: list[str], cache: str) -> dict[str, float]:
-    """Run the stages in a fresh process whose Triton and inductor caches lie in a folder."""
+    """Run the stages in a fresh process whose Triton and inductor caches lie in a folder; arguments are child()'s."""
     folders = {"TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments],
@@ -86,9 +93,11 @@ def run_child(arguments: list[str], cache: str) -> dict[str, float]:
 def measure(arguments: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure rounds of a cold and a warm process each; one row for cold, one for warm."""
     runs: dict[str, list[dict[str, float]]] = {"empty": [], "warm": []}
+    subprocess.run([sys.executable, "-c", PREPARE, arguments[1]], capture_output=True, check=False)
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as cache:
             for kind in runs:
+                common.say(f"a process with {kind} caches")
                 runs[kind].append(run_child(arguments, cache))
     rows: list[dict[str, Any]] = []
     for kind, times in runs.items():
@@ -106,13 +115,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.cold_start", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help=f"hub name, folder, tiny, {', '.join(common.SHAPES)}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers of a named shape")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--out", type=Path, default=None, help="result file (JSON)")
     args = parser.parse_args(argv)
     device = common.pick_device(args.device)
     dtype = str(common.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    rows = measure([args.model, str(device), dtype], args.rounds)
+    rows = measure([args.model, str(device), dtype, str(args.layers or "")], args.rounds)
     if args.out:
         common.write_result(args.out, "cold_start", device, vars(args), rows)
     print(common.table(rows, ["cache", *STAGES, "to_first_token_s", "own_jit_s"]))

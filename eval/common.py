@@ -1,5 +1,6 @@
 """What the measurements share: models, machines, alternating timing and result files."""
 
+import gc
 import json
 import os
 import platform
@@ -8,18 +9,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
 
 import hf_fastattn
+
+Item = TypeVar("Item")
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = ROOT / "examples" / "tiny-llama"
@@ -143,6 +146,25 @@ def kv_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
     return 2 * text.num_hidden_layers * heads * head_dim * tokens * dtype.itemsize
 
 
+def empty_caches(device: torch.device) -> None:
+    """Give memory that nobody holds back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bar(items: Iterable[Item], label: str) -> "tqdm[Item]":
+    """Return a progress bar over items; in a log, a line now and then."""
+    interval = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(items, desc=label, leave=False, mininterval=interval)
+
+
+def say(text: str) -> None:
+    """Say what is going on, where no progress bar can: in a log, or between bars."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for everything queued on a device."""
     if device.type == "cuda":
@@ -193,7 +215,7 @@ def alternate(
     results: dict[str, list[Any]] = {name: [] for name in cases}
     start = time.perf_counter()
     names = list(cases)
-    for turn in tqdm(range(warmup + rounds), desc=label, leave=False, disable=None):
+    for turn in bar(range(warmup + rounds), label):
         for name in names if turn % 2 == 0 else reversed(names):
             value = cases[name]()
             if turn >= warmup:
@@ -239,7 +261,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Return the commit of the working tree, marked if files differ from it; "unknown" outside a checkout."""
+    """Return the commit of the working tree, marked if files differ from it.
+
+    Outside a checkout: what FASTATTN_COMMIT says, or "unknown".
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -247,7 +272,7 @@ def git_commit() -> str:
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FASTATTN_COMMIT", "unknown")
 
 
 def write_result(

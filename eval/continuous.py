@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 import hf_fastattn
 
 from . import common
-from .throughput import CHECKED_PROMPT, CHECKED_STEPS, attempt
+from .attempts import attempt
+from .throughput import CHECKED_PROMPT, CHECKED_STEPS
 
 BASELINE, EAGER = "sdpa/generate_batch", "eager/generate_batch"
 COMBOS = [BASELINE, "fastattn/generate_batch", "fastattn/generate", EAGER, "sdpa/generate"]
@@ -195,7 +195,7 @@ def measure_cell(
     prompts, expected = make_prompts(model, cell), None
     rows: dict[str, dict[str, Any]] = {}
     errors: dict[str, tuple[float, float]] = {}
-    for combo in tqdm(dict.fromkeys([BASELINE, *combos]), desc=f"{cell.name}: checks", leave=False, disable=None):
+    for combo in common.bar(list(dict.fromkeys([BASELINE, *combos])), f"{cell.name}: checks"):
         row = rows[combo] = {"cell": cell.name, "combo": combo, **asdict(cell), "status": "ok"}
         checked = attempt(row, partial(check, model, reference, combo, cell, errors))
         if checked is not None:

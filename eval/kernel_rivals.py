@@ -180,18 +180,19 @@ def index_put(cell: StoreCell, copies: list[StoreInputs]) -> Prepared:
     return Prepared([functools.partial(call, x, blocks, offsets) for x, blocks in zip(copies, tables, strict=True)])
 
 
-def candidates(op: str, *, with_flex: bool) -> dict[str, Prepare]:
-    """Return our implementation of an op and its rivals."""
+def candidates(op: str, *, with_flex: bool, with_variants: bool = True) -> dict[str, Prepare]:
+    """Return our implementation of an op, its rivals, and variants of ours: with another softmax, say."""
     if op == "store_kv":
         return {OURS: ours_store, "index_put": index_put}
     found: dict[str, Prepare] = {OURS: ours_attention}
     found.update({f"sdpa {name}": functools.partial(sdpa, backend) for name, backend in SDPA_BACKENDS.items()})
     if with_flex:
         found["flex"] = flex
-    if op == "decode":
+    if op == "decode" and with_variants:
         found[f"{OURS}, schedule each call"] = functools.partial(ours_decode, "each call", True)
         found[f"{OURS}, nothing shared"] = functools.partial(ours_decode, "reused", False)
-        for softmax in ("lazy", "fixed", "online"):
+        for softmax in ("fixed", "online"):  # instead of lazy
             found[f"{OURS}, {softmax} softmax"] = functools.partial(ours_softmax, softmax)
+    if op == "decode":
         found["xformers splitk"] = xformers_splitk
     return found

@@ -12,18 +12,20 @@ schedule, as the layers of a model do; the rows beside it make one in each call,
 
 import argparse
 import itertools
+import json
 import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from . import common
+from .attempts import LOST, DeviceLost, attempt, ensure_device
 from .kernel_checks import attention_checker, needed_bytes, store_checker
 from .kernel_inputs import cache_bytes, count_copies, make_inputs
 from .kernel_rivals import OURS, Prepare, candidates
@@ -64,6 +66,8 @@ def measure_cell(
                     timers[name], row["timing"] = make_timer(prepared, device)
             except Exception as error:  # a failing implementation is a row, not the end of the run
                 row["status"] = f"{'failed' if name == OURS else 'not available'}: {reason(error, caught)}"
+        if "status" in row and row["status"] != "ok":
+            ensure_device(f"{name} {row['status']}")
     for name, samples in common.alternate(timers, rounds, label=cell.name).items():
         spread = common.Spread.of(samples)
         rows[name].update(
@@ -77,6 +81,8 @@ def measure_cell(
     rivals = [row["us"] for name, row in rows.items() if not name.startswith(OURS) and "us" in row]
     if rivals and "us" in rows.get(OURS, {}):
         rows[OURS]["x_best_rival"] = min(rivals) / rows[OURS]["us"]
+        if "us" in rows.get("sdpa flash", {}):
+            rows[OURS]["x_sdpa_flash"] = rows["sdpa flash"]["us"] / rows[OURS]["us"]
     return list(rows.values())
 
 
@@ -99,6 +105,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--budget", type=float, default=None, metavar="SECONDS", help="stop starting cells after it")
     parser.add_argument("--rounds", type=int, default=None, help="9 on a GPU, 5 on a CPU")
     parser.add_argument("--small", action=argparse.BooleanOptionalAction, default=None, help="CPU-sized cells")
+    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True, help="of ours, beside it")
+    parser.add_argument("--resume", action="store_true", help="leave out the cells that --out holds already")
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU only")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
@@ -132,6 +140,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, torch.device
     cells = [cell for cell in all_cells(small=args.small) if cell.op in args.ops]
     if args.match is not None:
         cells = [cell for cell in cells if any(text in f"{cell.op} {cell.name}" for text in args.match)]
+    if args.resume and args.out is None:
+        common.fail("--resume needs --out, the file to go on with")
     if not cells:
         common.fail(f"no cell's name has {' or '.join(map(repr, args.match))}: python -m eval.roofline lists them")
     return args, device, dtype, cells if args.budget is None else spread_out(cells)
@@ -146,42 +156,58 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(device)
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
+    if args.resume and args.out.exists():
+        rows = json.loads(args.out.read_text())["rows"]
+        done = {(row["op"], row["cell"]) for row in rows}
+        cells = [cell for cell in cells if (cell.op, cell.name) not in done]
     left = [cell.name for cell in cells]
+    exit_code = 0
     settings: dict[str, Any] = {**vars(args), "dtype": str(dtype).removeprefix("torch."), "left_out": left}
     try:
-        with torch.no_grad(), tqdm(cells, desc="cells", disable=None) as bar:
+        with torch.no_grad(), common.bar(cells, "cells") as bar:
             ceilings = measure_ceilings(device, dtype)
             settings["ceilings"] = asdict(ceilings)
-            for cell in bar:
-                if args.budget is not None and rows and time.perf_counter() - start > args.budget:
+            for number, cell in enumerate(bar):
+                if args.budget is not None and number and time.perf_counter() - start > args.budget:
                     break
                 bar.set_postfix_str(f"{cell.op} {cell.name}")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-                wanted = needed_bytes(cell, dtype.itemsize)
+                whole = {"op": cell.op, "cell": cell.name, "implementation": "-"}
+                wanted, found = needed_bytes(cell, dtype.itemsize), None
                 if wanted > common.free_memory(device):
-                    status = f"skipped: needs about {wanted / 2**30:.1f} GiB"
-                    rows.append({"op": cell.op, "cell": cell.name, "implementation": "-", "status": status})
+                    whole["status"] = f"skipped: needs about {wanted / 2**30:.1f} GiB"
                 else:
-                    implementations = candidates(cell.op, with_flex=args.flex)
-                    rows += measure_cell(cell, device, dtype, ceilings, args.rounds, implementations)
+                    implementations = candidates(cell.op, with_flex=args.flex, with_variants=args.variants)
+                    measured = partial(measure_cell, cell, device, dtype, ceilings, args.rounds, implementations)
+                    try:
+                        found = attempt(whole, measured)
+                    except DeviceLost:
+                        rows.append(whole)
+                        raise
+                rows += [whole] if found is None else found
                 left.remove(cell.name)
                 if args.out:
                     common.write_result(args.out, "kernels", device, settings, rows)
     except KeyboardInterrupt:
         print("interrupted: what is done is kept")
+    except DeviceLost as error:
+        print(error)
+        exit_code = LOST
+    if args.out and rows:
+        common.write_result(args.out, "kernels", device, settings, rows)
     if "ceilings" in settings:
         best = settings["ceilings"]
         print(f"{best['name']}: {best['bytes_per_s'] / 1e9:.0f} GB/s, {best['flops_per_s'] / 1e12:.3g} TFLOP/s\n")
-    measured = ["us", "rate", "unit", "fraction", "x_best_rival", "MB", "GFLOP", "limited_by"]
+    columns = ["us", "rate", "unit", "fraction", "x_best_rival", "x_sdpa_flash", "MB", "GFLOP", "limited_by"]
     missing = Counter((row["implementation"], row["status"]) for row in rows if "not available" in row["status"])
     shown = [row for row in rows if "not available" not in row["status"]]
-    print(common.table(shown, ["op", "cell", "implementation", *measured, "status"]))
+    print(common.table(shown, ["op", "cell", "implementation", *columns, "status"]))
     for (implementation, status), count in missing.items():
         print(f"\n{implementation} in {count} cells: {status}")
     if left:
         print(f"\n{len(left)} of {len(cells)} cells were not reached")
-    return int(any("WRONG" in row["status"] or "failed" in row["status"] for row in rows))
+    return exit_code or int(any("WRONG" in row["status"] or "failed" in row["status"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import StaticCache
 
 from hf_fastattn import CACHE_NAME, reference
 from hf_fastattn.linear import GROUPS, DecodeLinear, optimize_linears, restore_linears
 
 from . import common
+from .attempts import attempt
 from .kernel_inputs import MAX_COPIES, cache_bytes
 from .kernel_timing import Prepared, make_timer, measure_ceilings
 from .roofline import Bound, Ceilings
@@ -248,12 +248,19 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         if args.end_to_end:
-            rows = measure_end_to_end(args.end_to_end, args.batches, device, dtype, args.rounds, args.new_tokens)
+            for batch in args.batches:
+                common.say(f"{args.end_to_end} batch {batch}")
+                rows += measure_end_to_end(args.end_to_end, [batch], device, dtype, args.rounds, args.new_tokens)
+                if args.out:
+                    common.write_result(args.out, "linears", device, settings, rows)
         else:
             ceilings = measure_ceilings(device, dtype)
             settings["ceilings"] = asdict(ceilings)
-            for cell in tqdm(cells, desc="cells", disable=None):
-                rows += measure_cell(cell, device, dtype, ceilings, args.rounds)
+            for cell in common.bar(cells, "cells"):
+                common.empty_caches(device)
+                whole = {"cell": cell.name, "layer": "-", "shape": asdict(cell)}
+                found = attempt(whole, functools.partial(measure_cell, cell, device, dtype, ceilings, args.rounds))
+                rows += [whole] if found is None else found
                 if args.out:
                     common.write_result(args.out, "linears", device, settings, rows)
     settings["summary"] = summary(rows)

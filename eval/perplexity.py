@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_fastattn import CACHE_NAME, PagedCache
@@ -71,7 +70,7 @@ def window_nll(logits: Tensor, targets: Tensor) -> float:
 def by_window(model: PreTrainedModel, ids: Tensor, window: int, stride: int, label: str) -> float:
     """Return the perplexity from one prefill per window."""
     total, count = 0.0, 0
-    for begin, end, first in tqdm(list(windows(len(ids), window, stride)), desc=label, leave=False, disable=None):
+    for begin, end, first in common.bar(list(windows(len(ids), window, stride)), label):
         logits = model(ids[None, begin:end], use_cache=False).logits[0, first - begin - 1 : -1]
         total += window_nll(logits, ids[first:end])
         count += end - first
@@ -82,7 +81,7 @@ def by_window(model: PreTrainedModel, ids: Tensor, window: int, stride: int, lab
 def by_token(model: PreTrainedModel, ids: Tensor, window: int, stride: int, label: str) -> float:
     """Return the perplexity from prefilling each window's context and then feeding its counted tokens one by one."""
     total, count = 0.0, 0
-    for begin, end, first in tqdm(list(windows(len(ids), window, stride)), desc=label, leave=False, disable=None):
+    for begin, end, first in common.bar(list(windows(len(ids), window, stride)), label):
         cache = PagedCache(model.config)
         logits = model(ids[None, begin:first], **{CACHE_NAME: cache}, logits_to_keep=1).logits[0, -1:]
         for i in range(first, end):

@@ -1,16 +1,20 @@
 """How fast is generate()? Prefill and decode tokens/s, time to first token and latency per step, side by side.
 
     python -m eval.throughput --model llama-20m --cells 1x512 1x8192 4x4096 --combos sdpa/dynamic fastattn/paged
+    python -m eval.throughput --model llama-3-8b --cells 1x128 --profile --combos sdpa/dynamic fastattn/default
 
-Every combination is one attention implementation with one cache. Each is checked before it is timed: its logits over
-given tokens may be at most twice as far from a reference in higher precision as eager attention's own logits in the
-timed dtype. A combination that is further off is reported as wrong and not timed.
+Every combination is one attention implementation with one cache, and perhaps our decoding loop and linear layers. Each
+is checked before it is timed: its logits over given tokens may be at most twice as far from a reference in higher
+precision as eager attention's own logits in the timed dtype. A combination that is further off is reported as wrong and
+not timed. What was timed is checked again by its tokens, which covers compiled steps: each must be one that the model
+prefers, as far as rounding lets it say. One that should have been compiled and was not is reported as that.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +28,52 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_fastattn import CACHE_NAME, PagedCache, paged, unpaged
+import hf_fastattn
+from hf_fastattn import CACHE_NAME, PagedCache, compile_policy, optimize_linears, paged, restore_linears, unpaged
 
 from . import common
+from .attempts import LOST, DeviceLost, attempt
+from .compiled_steps import SKIPPED_STEPS, Compilation, StepProfiler, prepare_profiler
+
+
+@dataclass(frozen=True)
+class Combo:
+    """What is measured.
+
+    Attributes:
+        implementation: of attention.
+        cache: that is passed; "default": none, generate() makes its own.
+        compiled: decode steps, on a GPU.
+        loop: ours instead of transformers'.
+        linears: ours, at decode.
+    """
+
+    implementation: str
+    cache: str
+    compiled: bool = False
+    loop: bool = False
+    linears: bool = False
+
 
 COMBOS = {
-    "eager/dynamic": ("eager", "dynamic", False),
-    "sdpa/dynamic": ("sdpa", "dynamic", False),
-    "sdpa/static": ("sdpa", "static", False),
-    "sdpa/static+compile": ("sdpa", "static", True),
-    "flex/dynamic": ("flex_attention", "dynamic", False),
-    "fastattn/dynamic": ("fastattn", "dynamic", False),
-    "fastattn/static": ("fastattn", "static", False),
-    "fastattn/paged": ("fastattn", "paged", False),
-    "fastattn/paged+compile": ("fastattn", "paged-sized", True),
+    "eager/dynamic": Combo("eager", "dynamic"),
+    "sdpa/dynamic": Combo("sdpa", "dynamic"),
+    "sdpa/static": Combo("sdpa", "static"),
+    "sdpa/static+compile": Combo("sdpa", "static", compiled=True),
+    "flex/dynamic": Combo("flex_attention", "dynamic"),
+    "fastattn/dynamic": Combo("fastattn", "dynamic"),
+    "fastattn/static": Combo("fastattn", "static"),
+    "fastattn/paged": Combo("fastattn", "paged"),
+    "fastattn/paged+compile": Combo("fastattn", "paged-sized", compiled=True),
+    "fastattn/default": Combo("fastattn", "default", compiled=True),
+    "fastattn/default+loop": Combo("fastattn", "default", compiled=True, loop=True),
+    "fastattn/default+loop+linears": Combo("fastattn", "default", compiled=True, loop=True, linears=True),
 }
 BASELINE = "sdpa/dynamic"
 """What transformers does by itself, against which speeds are compared."""
 
 CHECKED_STEPS = 4
+PROFILED_STEPS = 10
 CHECKED_PROMPT = 768
 """Most prompt tokens of the check: eager attention's memory grows with their square."""
 
@@ -58,6 +89,7 @@ class Cell:
         beams: that a prompt is continued by; the best one counts.
         padding: mean share of the prompts that is padding.
         samples: sequences that are drawn for each prompt.
+        reserved: columns that caches of a fixed size have; 0 for those that the cell fills.
     """
 
     batch: int
@@ -66,6 +98,7 @@ class Cell:
     beams: int = 1
     padding: float = 0.0
     samples: int = 1
+    reserved: int = 0
 
     @property
     def name(self) -> str:
@@ -73,21 +106,41 @@ class Cell:
         extra = f" {self.beams} beams" if self.beams > 1 else ""
         extra += f" {self.samples} samples" if self.samples > 1 else ""
         extra += f" pad {self.padding:.0%}" if self.padding else ""
+        extra += f" of {self.reserved} reserved" if self.reserved else ""
         return f"{self.batch}x{self.prompt}+{self.new_tokens}{extra}"
+
+    @property
+    def columns(self) -> int:
+        """Columns of the caches of a fixed size."""
+        return max(self.reserved, self.prompt + self.new_tokens)
 
 
 class Clock(StoppingCriteria):
-    """Never stops generate(), but notes when each token is there."""
+    """Never stops generate(), but notes when each token is there: on a GPU in its own time, without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.times: list[float] = []
+        self.marks: list[Any] = [self._now()]
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Note the time; stop nothing."""
-        common.synchronize(self.device)
-        self.times.append(time.perf_counter())
+        self.marks.append(self._now())
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def seconds(self) -> list[float]:
+        """Return the seconds to the first token and from each to the next."""
+        common.synchronize(self.device)
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if self.device.type == "cuda":
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in pairs]
 
 
 def make_inputs(model: PreTrainedModel, cell: Cell) -> dict[str, Tensor]:
@@ -104,12 +157,11 @@ def make_inputs(model: PreTrainedModel, cell: Cell) -> dict[str, Tensor]:
 
 def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
     """Return an empty cache with room for a cell."""
-    length = cell.prompt + cell.new_tokens
     if kind == "dynamic":
         return DynamicCache(config=model.config)
     if kind == "static":
-        return StaticCache(config=model.config, max_cache_len=length)
-    sized = length if kind == "paged-sized" else None
+        return StaticCache(config=model.config, max_cache_len=cell.columns)
+    sized = cell.columns if kind == "paged-sized" else None
     sequences = max(cell.beams, cell.samples)
     return PagedCache(model.config, max_length=sized, sequences_per_prompt=sequences)  # as generate() makes it
 
@@ -143,33 +195,70 @@ def reference_logits(reference: PreTrainedModel, cell: Cell, inputs: dict[str, T
     return torch.cat(rows)
 
 
-def check(
-    model: PreTrainedModel, reference: PreTrainedModel, implementation: str, cache: str, cell: Cell
-) -> tuple[bool, dict[str, float]]:
-    """Compare a combination with the reference; return whether it is right, and the errors."""
-    cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1, samples=1)
-    inputs = make_inputs(model, cell)
-    steps = min(CHECKED_STEPS, cell.new_tokens)
-    given = make_inputs(model, Cell(cell.batch, steps, 0))["input_ids"]
-    exact = reference_logits(reference, cell, inputs, given)
-    eager = (forced_logits(model, "eager", "dynamic", cell, inputs, given) - exact).abs().max().item()
-    own = (forced_logits(model, implementation, cache, cell, inputs, given) - exact).abs().max().item()
-    rounding = 8 * torch.finfo(model.dtype).eps * exact.abs().max().item()
-    return own <= 2 * eager + rounding, {"error": own, "eager_error": eager}
+class Checker:
+    """Compares combinations with a reference on one cell; what they share is computed once.
+
+    Args:
+        model: to be measured.
+        reference: the same one in higher precision.
+        cell: of which the prompts are cut to CHECKED_PROMPT tokens, without beams and samples.
+    """
+
+    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, cell: Cell) -> None:
+        self.model = model
+        self.cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1, samples=1, reserved=0)
+        self.inputs = make_inputs(model, self.cell)
+        self.given = make_inputs(model, Cell(cell.batch, min(CHECKED_STEPS, cell.new_tokens), 0))["input_ids"]
+        self.exact = reference_logits(reference, self.cell, self.inputs, self.given)
+        self.eager_error = self._error(COMBOS["eager/dynamic"])
+        rounding = 8 * torch.finfo(model.dtype).eps * self.exact.abs().max().item()
+        self.allowed = 2 * self.eager_error + rounding
+
+    def _error(self, combo: Combo) -> float:
+        (optimize_linears if combo.linears else restore_linears)(self.model)
+        logits = forced_logits(self.model, combo.implementation, combo.cache, self.cell, self.inputs, self.given)
+        return (logits - self.exact).abs().max().item()
+
+    def __call__(self, combo: Combo) -> dict[str, Any]:
+        """Return what a combination's row says of its errors, in logits, and whether they are allowed."""
+        error = self._error(combo)
+        found = {"error": error, "eager_error": self.eager_error, "allowed_error": self.allowed}
+        return {"status": "ok" if error <= self.allowed else "WRONG", **found}
+
+
+def check_cell(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    combos: list[str],
+    cell: Cell,
+    *,
+    checker: Callable[..., Callable[[Combo], dict[str, Any]]] = Checker,
+) -> list[dict[str, Any]]:
+    """Check every combination on one cell; one row each, to be completed by :func:`measure_cell`."""
+    rows: list[dict[str, Any]] = [{"cell": cell.name, "combo": name, **asdict(cell)} for name in combos]
+    made: dict[str, Any] = {}
+    check = attempt(made, lambda: checker(model, reference, cell))
+    for row in rows:
+        found = made if check is None else attempt(row, lambda row=row: check(COMBOS[row["combo"]]))
+        row.update(found or {})
+    restore_linears(model)
+    return rows
 
 
 class Caches:
     """The caches of a cell. A combination keeps its own: captured graphs are replayed where they were recorded only.
 
-    A DynamicCache is new for each call, since it keeps no memory.
+    A DynamicCache is new for each call, since it keeps no memory, and generate() keeps what it makes by default.
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
 
     def take(self, model: PreTrainedModel, combo: str, cell: Cell) -> Any:
-        """Return a combination's cache, empty."""
-        kind = COMBOS[combo][1]
+        """Return a combination's cache, empty; None if generate() is to make one."""
+        kind = COMBOS[combo].cache
+        if kind == "default":
+            return None
         if kind == "dynamic":
             return make_cache(model, kind, cell)
         if combo in self.kept:
@@ -180,41 +269,55 @@ class Caches:
 
 
 def generate_once(
-    model: PreTrainedModel, combo: str, cell: Cell, inputs: dict[str, Tensor], caches: Caches
+    model: PreTrainedModel,
+    name: str,
+    cell: Cell,
+    inputs: dict[str, Tensor],
+    caches: Caches,
+    profiler: StepProfiler | None = None,
 ) -> dict[str, Any]:
-    """Run generate() once, under "fastattn" as a model that is paged by default; return times and tokens."""
-    implementation, _, compiled = COMBOS[combo]
-    model.set_attn_implementation(implementation)
-    (paged if implementation == "fastattn" else unpaged)(model)
-    clock = Clock(model.device)
-    torch.manual_seed(1)
+    """Run generate() once, under "fastattn" as a model that is paged by default; return times and tokens, or a profile.
+
+    Our own loop would wait in each step for a clock that it does not know: its decoding takes as long as a call takes
+    longer than one of a single token.
+    """
+    combo = COMBOS[name]
+    model.set_attn_implementation(combo.implementation)
+    (paged if combo.implementation == "fastattn" else unpaged)(model)
+    (optimize_linears if combo.linears else restore_linears)(model)
+
+    def run(new_tokens: int, watcher: StoppingCriteria | None) -> Tensor:
+        cache = caches.take(model, name, cell)
+        torch.manual_seed(1)
+        return model.generate(
+            **inputs,
+            **({} if cache is None else {CACHE_NAME: cache}),
+            **({"custom_generate": hf_fastattn.generate} if combo.loop else {}),
+            **({"stopping_criteria": StoppingCriteriaList([watcher])} if watcher is not None else {}),
+            max_new_tokens=new_tokens,
+            num_beams=cell.beams,
+            num_return_sequences=cell.samples,
+            do_sample=cell.samples > 1,
+            eos_token_id=None,
+            pad_token_id=0,
+            disable_compile=not combo.compiled,
+        )[:, inputs["input_ids"].shape[1] :]
+
     common.synchronize(model.device)
-    start = time.perf_counter()
-    tokens = model.generate(
-        **inputs,
-        **{CACHE_NAME: caches.take(model, combo, cell)},
-        max_new_tokens=cell.new_tokens,
-        num_beams=cell.beams,
-        num_return_sequences=cell.samples,
-        do_sample=cell.samples > 1,
-        eos_token_id=None,
-        pad_token_id=0,
-        disable_compile=not compiled,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
-    steps = [b - a for a, b in zip([start, *clock.times], clock.times, strict=False)]
-    return {"first": steps[0], "steps": steps[1:], "tokens": tokens[:, inputs["input_ids"].shape[1] :].cpu()}
-
-
-def attempt(row: dict[str, Any], action: Callable[[], Any]) -> Any:
-    """Return what an action returns; a failure is noted in its row, not the end of the run."""
-    try:
-        return action()
-    except Exception as error:
-        row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if torch.cuda.is_available():  # not while the error holds what it could not finish
-        torch.cuda.empty_cache()
-    return None
+    with compile_policy.compiling_at_once(model):  # as a service does that sees the same sizes again and again
+        if profiler is not None:
+            run(cell.new_tokens, profiler)
+            return profiler.result()
+        if combo.loop:
+            first = common.seconds(lambda: run(1, None), model.device)
+            tokens: list[Tensor] = []
+            decode = common.seconds(lambda: tokens.append(run(cell.new_tokens, None)), model.device) - first
+            steps = [decode / (cell.new_tokens - 1)] * (cell.new_tokens - 1)
+            return {"first": first, "steps": steps, "tokens": tokens[0].cpu()}
+        clock = Clock(model.device)
+        found = run(cell.new_tokens, clock)
+        first, *steps = clock.seconds()
+    return {"first": first, "steps": steps, "tokens": found.cpu()}
 
 
 def expected_tokens(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor]) -> Tensor:
@@ -223,64 +326,176 @@ def expected_tokens(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor
     return generate_once(model, baseline, cell, inputs, Caches())["tokens"]
 
 
+def regret(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor], tokens: Tensor) -> float:
+    """Return by how much at most the model prefers another token than one that was chosen, in logits, of two rows.
+
+    The model runs in one pass under sdpa, so that nothing of the measured path is in it.
+    """
+    model.set_attn_implementation("sdpa")
+    restore_linears(unpaged(model))
+    worst = 0.0
+    for row in {0, cell.batch - 1}:
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        chosen = tokens[row].to(ids.device)
+        with torch.no_grad():
+            whole = torch.cat([ids, chosen[:-1]])[None]
+            logits = model(whole, use_cache=False, logits_to_keep=len(chosen)).logits[0].double()
+        found = logits.gather(1, chosen[:, None])[:, 0]
+        worst = max(worst, (logits.amax(1) - found).max().item())
+    return worst
+
+
 def measure_cell(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
-    combos: list[str],
     cell: Cell,
+    rows: list[dict[str, Any]],
     rounds: int,
     *,
-    checker: Callable[..., tuple[bool, dict[str, float]]] = check,
+    budget_s: float = float("inf"),
+    profile: bool = False,
+    save: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Check and time every combination on one cell; one row each."""
-    inputs, caches = make_inputs(model, cell), Caches()
-    rows: dict[str, dict[str, Any]] = {}
-    torch._dynamo.reset()  # what was compiled for other cells is no part of this one
-    for combo in combos:
-        row = rows[combo] = {"cell": cell.name, "combo": combo, **asdict(cell), "status": "ok"}
-        checked = attempt(row, lambda c=combo: checker(model, reference, *COMBOS[c][:2], cell))
-        if checked is not None:
-            row.update(checked[1], status="ok" if checked[0] else "WRONG")
+    """Time every combination on one cell that passed its check, and complete the rows.
 
-    def run(combo: str) -> Any:
-        if rows[combo]["status"] != "ok":
+    Args:
+        model: to be measured.
+        cell: the workload.
+        rows: of :func:`check_cell`.
+        rounds: in which all combinations take turns.
+        budget_s: seconds after which no combination and no round is started, but the first round.
+        profile: say for each compiled combination which kernels a decode step consists of.
+        save: called whenever rows have changed.
+
+    Returns:
+        the rows.
+    """
+    deadline = time.monotonic() + budget_s
+    inputs, caches = make_inputs(model, cell), Caches()
+    by_name = {row["combo"]: row for row in rows}
+    combos = skip_what_does_not_fit(model, cell, by_name)
+
+    def run(name: str) -> Any:
+        if by_name[name]["status"] != "ok":
             return None
-        result = attempt(rows[combo], lambda: generate_once(model, combo, cell, inputs, caches))
+        result = attempt(by_name[name], lambda: generate_once(model, name, cell, inputs, caches))
         if result is None:
-            caches.kept.pop(combo, None)
+            caches.kept.pop(name, None)
         return result
 
-    for combo in combos:  # compilation is warm-up: counted and shown apart; the second call records what is left to
-        first_call_s = common.seconds(lambda c=combo: run(c), model.device)
-        if run(combo) is not None:
-            rows[combo]["first_call_s"] = first_call_s
-    cases = {combo: lambda c=combo: run(c) for combo in combos if rows[combo]["status"] == "ok"}
-    runs = common.alternate(cases, rounds, warmup=0, label=cell.name)
-    timed = [combo for combo in cases if rows[combo]["status"] == "ok"]
+    compilation = Compilation()  # what was compiled for other cells is no part of this one
+    for name in combos:
+        if time.monotonic() > deadline:
+            by_name[name]["status"] = "not reached"
+            continue
+        common.say(f"{cell.name} {name}: first calls")
+        with compilation.watched(row := by_name[name]):  # compilation is warm-up, counted and shown apart
+            for call in ("first_call_s", "second_call_s"):  # the second compiles where generate() makes the cache
+                row[call] = common.seconds(partial(run, name), model.device)
+        if row["status"] == "ok" and COMBOS[name].compiled and model.device.type == "cuda":
+            row["status"] = compilation.verdict(model, row)
+        save()
+    cases = {name: partial(run, name) for name in combos if by_name[name]["status"] == "ok"}
+    runs = common.alternate(cases, rounds, warmup=0, label=cell.name, budget_s=deadline - time.monotonic())
+    timed = [name for name in cases if by_name[name]["status"] == "ok"]
+    for name in timed:
+        by_name[name].update(summary(cell, runs[name]))
+        if BASELINE in timed:
+            by_name[name].update(versus(runs[BASELINE], runs[name]))
+    save()
+    if profile:
+        for name in timed:
+            if COMBOS[name].compiled:
+                common.say(f"{cell.name} {name}: profile")
+                profiler = StepProfiler(model.device, min(PROFILED_STEPS, cell.new_tokens - SKIPPED_STEPS))
+                call = partial(generate_once, model, name, cell, inputs, caches, profiler)
+                failed: dict[str, Any] = {}
+                by_name[name]["profile"] = attempt(failed, call) or failed["status"]
     caches.kept.clear()
+    hf_fastattn.release()
+    judge_tokens(model, cell, inputs, {name: runs[name][-1]["tokens"] for name in timed}, by_name)
+    save()
+    return rows
+
+
+def summary(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the speeds of one combination's rounds."""
+    first = common.Spread.of([run["first"] for run in runs])
+    step = common.Spread.of([1e3 * sorted(run["steps"])[len(run["steps"]) // 2] for run in runs])
+    decode_s = common.Spread.of([sum(run["steps"]) for run in runs])
+    return {
+        "prefill_tokens_per_s": cell.batch * cell.prompt / first.median,
+        "decode_tokens_per_s": cell.batch * cell.samples * (cell.new_tokens - 1) / decode_s.median,
+        "first_token_s": asdict(first),
+        "step_ms": asdict(step),
+    }
+
+
+def judge_tokens(
+    model: PreTrainedModel,
+    cell: Cell,
+    inputs: dict[str, Tensor],
+    tokens: dict[str, Tensor],
+    rows: dict[str, dict[str, Any]],
+) -> None:
+    """Compare the tokens of each combination with the baseline's, and with what the model prefers."""
+    if not tokens:
+        return
     baseline: dict[str, Any] = {}
-    expected = attempt(baseline, lambda: expected_tokens(model, cell, inputs)) if timed else None
-    for combo in timed:
-        first = common.Spread.of([run["first"] for run in runs[combo]])
-        step = common.Spread.of([sorted(run["steps"])[len(run["steps"]) // 2] for run in runs[combo]])
-        decode_s = [sum(run["steps"]) for run in runs[combo]]
-        tokens = runs[combo][-1]["tokens"]
-        unequal = [] if expected is None else (tokens != expected).any(0).nonzero().flatten().tolist()
-        rows[combo].update(
-            prefill_tokens_per_s=cell.batch * cell.prompt / first.median,
-            decode_tokens_per_s=cell.batch * cell.samples * (cell.new_tokens - 1) / common.Spread.of(decode_s).median,
-            first_token_s=asdict(first),
-            step_ms=asdict(common.Spread(*(1e3 * x for x in (step.median, step.low, step.high)), step.count)),
-            first_difference=unequal[0] if unequal else None,
-        )
+    expected = tokens.get(BASELINE)
+    if expected is None:
+        expected = attempt(baseline, lambda: expected_tokens(model, cell, inputs))
+    for name, found in tokens.items():
+        row = rows[name]
         if expected is None:
-            rows[combo]["tokens"] = f"not compared, the baseline {baseline['status']}"
-        if unequal and model.dtype in (torch.float32, torch.float64):
-            rows[combo]["status"] = "WRONG tokens"
-    if BASELINE in timed:
-        for combo in timed:
-            rows[combo].update(versus(runs[BASELINE], runs[combo]))
-    return list(rows.values())
+            row["tokens"] = f"not compared, the baseline {baseline['status']}"
+        else:
+            unequal = (found != expected).any(0).nonzero().flatten().tolist()
+            row["first_difference"] = unequal[0] if unequal else None
+            if unequal and model.dtype in (torch.float32, torch.float64):
+                row["status"] = "WRONG tokens"
+        if cell.beams == cell.samples == 1 and "allowed_error" in row:  # else tokens are not the preferred ones
+            judged: dict[str, Any] = {}
+            row["regret"] = attempt(judged, lambda found=found: regret(model, cell, inputs, found))
+            if row["regret"] is None:
+                row["tokens"] = f"not judged: {judged['status']}"
+            elif (
+                row["regret"] > 2 * row["allowed_error"]
+            ):  # of two logits, here and there: four errors, half of that each
+                row["status"] = "WRONG tokens"
+
+
+def skip_what_does_not_fit(model: PreTrainedModel, cell: Cell, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the combinations that passed their check and for which, one after the other, there is memory.
+
+    Caches of a fixed size stay until the cell is done. A growing one is there beside them, in a call, with a layer's
+    copy; so are the activations of a prompt: at most three of the MLP's width and six of the model's.
+    """
+    common.empty_caches(model.device)
+    config, itemsize = model.config.get_text_config(decoder=True), model.dtype.itemsize
+    sequences = cell.batch * max(cell.beams, cell.samples)
+    free, kept, left = common.free_memory(model.device), 0.0, []
+    for name, row in rows.items():
+        if row["status"] != "ok":
+            continue
+        combo = COMBOS[name]
+        wide = 3 * getattr(config, "intermediate_size", 4 * config.hidden_size) + 6 * config.hidden_size
+        needed = float(itemsize * cell.batch * cell.prompt * wide)
+        if combo.implementation == "eager":  # scores, their softmax in float32 and its copy
+            needed += cell.batch * config.num_attention_heads * cell.prompt**2 * (2 * itemsize + 4)
+        growing = (1 + 2 / config.num_hidden_layers) * common.kv_bytes(
+            config, sequences * (cell.prompt + cell.new_tokens), model.dtype
+        )
+        sized = common.kv_bytes(config, sequences * cell.columns, model.dtype)
+        if combo.cache == "dynamic":
+            needed += growing
+        else:
+            kept += sized
+        if kept + needed > free:
+            row["status"] = f"skipped: needs about {(kept + needed) / 2**30:.1f} GiB, free are {free / 2**30:.1f}"
+            kept -= 0 if combo.cache == "dynamic" else sized
+            continue
+        left.append(name)
+    return left
 
 
 def versus(baseline: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -300,12 +515,12 @@ def parse_cells(args: argparse.Namespace) -> list[Cell]:
     cells = []
     for text in args.cells:
         batch, prompt = common.parse_cell(text)
-        cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding, args.samples))
+        cells.append(Cell(batch, prompt, args.new_tokens, args.beams, args.padding, args.samples, args.reserve))
     return cells
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 1 if any combination was wrong."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line; end with a sentence where it asks for what cannot be."""
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help=f"hub name, folder, tiny, {', '.join(common.SHAPES)}")
     parser.add_argument("--combos", nargs="+", choices=list(COMBOS), default=None)
@@ -314,7 +529,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--samples", type=int, default=1, help="sequences drawn for each prompt")
     parser.add_argument("--padding", type=float, default=0.0, help="mean share of left padding, 0 to 0.5")
+    parser.add_argument("--reserve", type=int, default=0, help="columns of caches of a fixed size, if more than needed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start nothing after it")
+    parser.add_argument("--profile", action="store_true", help="which kernels a compiled decode step consists of")
     parser.add_argument("--layers", type=int, default=None, help="fewer layers of a named shape")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
@@ -325,30 +543,50 @@ def main(argv: list[str] | None = None) -> int:
         common.fail(f"decoding is measured over at least 2 new tokens, got --new-tokens {args.new_tokens}")
     if args.beams > 1 and args.samples > 1:
         common.fail("either --beams or --samples is measured at a time")
+    if args.profile and args.new_tokens <= SKIPPED_STEPS:
+        common.fail(f"a profile needs more than {SKIPPED_STEPS} new tokens, got --new-tokens {args.new_tokens}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 1 if any combination was wrong."""
+    args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = common.pick_device(args.device)
     dtype = common.pick_dtype(args.dtype, device)
-    combos = args.combos or [name for name in COMBOS if "compile" not in name or device.type == "cuda"]
+    combos = args.combos or [name for name, combo in COMBOS.items() if not combo.compiled or device.type == "cuda"]
     cells = parse_cells(args)
     model = common.load_model(args.model, device, dtype, layers=args.layers)
     exact = torch.float64 if dtype == torch.float32 else torch.float32
-    reference = common.load_model(args.model, device, dtype, layers=args.layers).to(exact)
+    reference: Any = common.load_model(args.model, device, dtype, layers=args.layers).to(exact)
+    if args.profile:
+        prepare_profiler(device)
+    start, status = time.monotonic(), 0
     rows: list[dict[str, Any]] = []
-    for cell in cells:
-        tokens = cell.batch * max(cell.beams, cell.samples) * (cell.prompt + cell.new_tokens)
-        copies = 3 + sum(COMBOS[combo][1] != "dynamic" for combo in combos)  # what is kept, and a DynamicCache growing
-        wanted = copies * common.kv_bytes(model.config, tokens, dtype)
-        if wanted > common.free_memory(device):
-            rows.append({"cell": cell.name, "combo": "-", "status": f"skipped: needs about {wanted / 2**30:.1f} GiB"})
-            continue
-        try:
-            rows += measure_cell(model, reference, combos, cell, args.rounds)
-        except KeyboardInterrupt:
-            print("interrupted: what is done is kept")
-            break
+    checked: dict[str, list[dict[str, Any]]] = {}
+
+    def save() -> None:
         if args.out:
             common.write_result(args.out, "throughput", device, vars(args), rows)
+
+    try:
+        for cell in cells:
+            common.say(f"{cell.name}: checks")
+            checked[cell.name] = check_cell(model, reference, combos, cell)
+            rows += checked[cell.name]
+        del reference  # its memory is for the caches
+        for cell in cells:
+            budget_s = start + args.budget - time.monotonic()
+            measure_cell(
+                model, cell, checked[cell.name], args.rounds, budget_s=budget_s, profile=args.profile, save=save
+            )
+    except KeyboardInterrupt:
+        print("interrupted: what is done is kept")
+    except DeviceLost as error:
+        print(error)
+        status = LOST
+    save()
     columns = [
         "cell",
         "combo",
@@ -358,9 +596,14 @@ def main(argv: list[str] | None = None) -> int:
         "error",
         "eager_error",
         "first_difference",
+        "regret",
     ]
     print(common.table(rows, [*columns, "status"]))
-    return int(any("WRONG" in row["status"] or "failed" in row["status"] for row in rows))
+    for row in rows:
+        if isinstance(row.get("profile"), dict):
+            print(f"\n{row['cell']} {row['combo']}, a decode step:\n")
+            print(common.table(row["profile"]["kernels"], ["kernel", "calls", "us", "share"]))
+    return status or int(any("WRONG" in row["status"] or "failed" in row["status"] for row in rows))
 
 
 if __name__ == "__main__":

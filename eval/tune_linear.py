@@ -26,6 +26,7 @@ from hf_fastattn.kernels import decode_linear_table
 from hf_fastattn.kernels.decode_linear_plan import LIBRARY, MAX_GEMV_ROWS, MULTIPROCESSORS, ROW_MULTIPLE, Plan
 
 from . import common
+from .attempts import ensure_device
 
 ROWS = (1, 2, 4, 8, 16)
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
@@ -157,6 +158,9 @@ class GpuClock:
             try:
                 self.timers[plan, num_rows] = self._prepare(plan, num_rows)
             except Exception as error:  # a plan that does not compile or is wrong is left out, and said so
+                ensure_device(f"{plan} with {num_rows} rows: {error}")
+                if plan == LIBRARY:  # without it nothing can be said of the others
+                    raise
                 tqdm.write(f"{plan} with {num_rows} rows left out: {str(error).splitlines()[0][:120]}", file=sys.stderr)
                 self.timers[plan, num_rows] = lambda: math.inf
         return self.timers[plan, num_rows]()
@@ -216,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     made = common.environment(device)
     tables = {known: dict(table) for known, table in decode_linear_table.TABLES.items()}
     shapes_done = dict(tables.get(arch, {}).get("shapes", {}))
-    for n, k in tqdm(shapes, desc="shapes", disable=None):
+    for n, k in common.bar(shapes, "shapes"):
         torch.cuda.empty_cache()
         shapes_done[n, k] = tune_shape(n, k, arch, GpuClock(n, k, dtype, device), rounds=args.rounds)
         tables[arch] = {key: made[key] for key in ("device", "date", "command")} | {"shapes": shapes_done}

@@ -250,7 +250,6 @@ def test_the_command_line_writes_what_it_measured_and_the_readme_shows_it(tmp_pa
 
 
 def test_the_report_measures_it():
-    for device, budget in ((CPU, 600), (CPU, 100), (torch.device("cuda"), 600)):
-        [item] = [item for item in report.plan(device, budget) if item.name == "continuous"]
+    for device in (CPU, torch.device("cuda")):
+        [item] = [item for item in report.plan(device) if item.name == "continuous"]
         assert item.module == "eval.continuous"
-        assert sum(item.share for item in report.plan(device, budget)) == pytest.approx(1)

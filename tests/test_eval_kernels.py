@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import kernel_inputs, kernels, roofline
+from eval import attempts, kernel_inputs, kernels, roofline
 from eval.kernel_rivals import OURS, candidates, index_put, ours_attention, ours_store
 from eval.kernel_timing import Prepared, make_timer
 from eval.kernels import measure_cell
@@ -225,8 +225,11 @@ def test_decode_is_measured_with_and_without_what_it_shares():
     assert kernel_inputs.shared_entries(cell, CPU).tolist() == [[0, 2, 0, 2]]
     rows = measure(cell, candidates("decode", with_flex=False))
     assert rows[f"{OURS}, nothing shared"]["status"] == rows[f"{OURS}, schedule each call"]["status"] == "ok"
-    assert "kernel's" in rows[f"{OURS}, lazy softmax"]["status"]
+    assert "kernel's" in rows[f"{OURS}, online softmax"]["status"]
     assert rows[OURS]["x_best_rival"] <= rows["sdpa math"]["us"] / rows[OURS]["us"]  # our own rows are no rivals
+    assert set(rows) - set(candidates("decode", with_flex=False, with_variants=False)) == {
+        f"{OURS}, {variant}" for variant in ("nothing shared", "schedule each call", "online softmax", "fixed softmax")
+    }
     alone = measure(DECODE, candidates("decode", with_flex=False))
     assert alone[f"{OURS}, nothing shared"]["status"] == "not available: the sequences share nothing"
 
@@ -294,13 +297,38 @@ def test_an_interrupt_keeps_finished_cells(two_cells, tmp_path: Path, capsys, mo
     assert "interrupted" in capsys.readouterr().out
 
 
+def test_a_lost_gpu_is_a_row_and_the_rest_can_be_resumed(two_cells, tmp_path: Path, monkeypatch):
+    out, native, done = tmp_path / "kernels.json", kernels.measure_cell, []
+
+    def losing(cell, *args):
+        done.append(cell.name)
+        if len(done) == 1:
+            raise attempts.DeviceLost("the GPU was lost")
+        return native(cell, *args)
+
+    def lost(*args):
+        raise attempts.DeviceLost("the GPU was lost")
+
+    monkeypatch.setattr(kernels, "measure_cell", losing)
+    monkeypatch.setattr(attempts, "ensure_device", lost)
+    argv = ["--device", "cpu", "--out", str(out), "--resume", "--rounds", "1"]
+    assert kernels.main(argv) == attempts.LOST
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["cell"] == done[0] and "the GPU was lost" in row["status"]
+    monkeypatch.setattr(attempts, "ensure_device", lambda reason: None)
+    kernels.main(argv)
+    assert len(done) == len(set(done)) == 2
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[0] == row and {row["cell"] for row in rows} == set(done)
+
+
 def test_a_spent_budget_leaves_cells_out_and_says_so(two_cells, capsys):
     assert kernels.main(["--device", "cpu", "--rounds", "1", "--budget", "1e-9"]) == 0
     assert "1 of 2 cells were not reached" in capsys.readouterr().out
 
 
 def test_wrong_gives_exit_code_1(two_cells, monkeypatch):
-    monkeypatch.setattr(kernels, "candidates", lambda op, with_flex: {"bad": lambda *_: Prepared([lambda: None])})
+    monkeypatch.setattr(kernels, "candidates", lambda op, **options: {"bad": lambda *_: Prepared([lambda: None])})
     assert kernels.main(["--device", "cpu", "--ops", "decode", "--rounds", "1"]) == 1
 
 
