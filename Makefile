@@ -67,12 +67,13 @@ test-gpu-dry: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
 
 # A machine with a GPU may have a torch of its own and no $(VENV): then PYTHON runs these, as it does when it is given on
 # the command line. Most of their time is the compilation of kernels, so one process per core, up to 12, where
-# pytest-xdist is installed.
+# pytest-xdist is installed. FASTATTN_TEST_LOG=FILE keeps each failure at once, should the machine's time end before.
 test-gpu: GPU_PYTHON ?= $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
 test-gpu: GPU_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 12 ? cores : 12)))
 test-gpu:
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 $(GPU_PYTHON) -m pytest -q -m gpu \
-		$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS) --dist worksteal") tests/gpu
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 $(GPU_PYTHON) -m pytest -q -m gpu --tb=short \
+		$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS) --dist worksteal") \
+		$$($(GPU_PYTHON) -c "import pytest_timeout" 2>/dev/null && echo "--timeout 180") tests/gpu
 
 soak: $(VENV)/.ready
 	$(THREADS) $(BIN)/python -m pytest -q -m soak
