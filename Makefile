@@ -41,11 +41,11 @@ test-compile: $(VENV)/.ready
 	$(PYTEST) -m compile tests/compile
 
 # The kernels as compiled for an H100, run on a CPU: the machine that does it, the tests for a GPU in bfloat16, generate().
-OP_TESTS := $(addprefix tests/gpu/test_,store_kv.py prefill_attention.py packed_attention.py decode_attention.py decode_linear.py)
+AS_COMPILED := $(addprefix tests/gpu/test_,store_kv.py prefill_attention.py packed_attention.py decode_attention.py generate.py)
 test-ptx: $(VENV)/.ready
 	$(PYTEST) -m ptx tests/ptx
-	FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=90 $(PYTEST) -k "not float32 and not torch.float16" $(OP_TESTS)
-	FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=90 $(PYTEST) -k "16_bits and bfloat16 and (llama or compiled)" tests/gpu/test_generate.py
+	FASTATTN_TEST_DEVICE=cpu FASTATTN_TEST_PTX=90 $(PYTEST) $(AS_COMPILED) -k "not float32 and not torch.float16 \
+		and (not test_generate or (16_bits and bfloat16 and (llama or compiled)))"
 
 # More than an hour: the same in all dtypes, generate() with all models and caches, and the small tests of the kernels.
 PTX_ARCHS ?= 80 90
@@ -58,12 +58,12 @@ test-ptx-all: $(VENV)/.ready
 # The newest Triton, in front of the one that the launch configs were chosen with: what kernels compute, as compiled, and
 # how they are launched. PYTHONPATH=.venv/triton-... make test-compile, or test-ptx-all, does all of it.
 test-newest-triton: $(VENV)/.ready $(TRITON_ONLY)/.ready
-	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m ptx tests/ptx/test_kernels.py
-	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m compile $(addprefix tests/compile/test_,decode_step.py generate_launches.py hot_loop.py kept_launches.py)
+	PYTHONPATH=$(TRITON_ONLY) $(PYTEST) -m "ptx or compile" tests/ptx/test_kernels.py $(addprefix tests/compile/test_,generate_launches.py hot_loop.py kept_launches.py)
 
 # The tests for a GPU as far as a CPU goes, with the oldest transformers: what is wrong with them shows before they meet one.
 test-gpu-dry: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
-	FASTATTN_TEST_DEVICE=cpu PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m gpu tests/gpu
+	FASTATTN_TEST_DEVICE=cpu PYTHONPATH=$(VENV)/transformers-$(OLDEST) $(PYTEST) -m gpu tests/gpu \
+		-k "not (test_compiled_steps and (mistral or gemma2 or qwen3))"
 
 # A machine with a GPU may have a torch of its own and no $(VENV): then PYTHON runs these, as it does when it is given on
 # the command line. Most of their time is the compilation of kernels, so one process per core, up to 12, where
@@ -71,6 +71,7 @@ test-gpu-dry: $(VENV)/.ready $(VENV)/transformers-$(OLDEST)/.ready
 test-gpu: GPU_PYTHON ?= $(if $(filter command,$(origin PYTHON)),$(PYTHON),$(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)))
 test-gpu: GPU_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 12 ? cores : 12)))
 test-gpu:
+	@$(GPU_PYTHON) -c "import torch; exit(torch.cuda.is_available())" && echo "tests/gpu is left out: there is no GPU" || \
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 $(GPU_PYTHON) -m pytest -q -m gpu --tb=short \
 		$$($(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo "-n $(GPU_WORKERS) --dist worksteal") \
 		$$($(GPU_PYTHON) -c "import pytest_timeout" 2>/dev/null && echo "--timeout 180") tests/gpu

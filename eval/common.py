@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import hf_fastattn
 
 Item = TypeVar("Item")
+Model: TypeAlias = Any
+"""A PreTrainedModel that generates: transformers' types do not know that it does."""
 
 ROOT = Path(__file__).parent.parent
 TINY_MODEL = ROOT / "examples" / "tiny-llama"
@@ -93,7 +95,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, *, layers: int | None = None) -> PreTrainedModel:
+def load_model(name: str, device: torch.device, dtype: torch.dtype, *, layers: int | None = None) -> Model:
     """Load a hub name or folder, the bundled model ("tiny") or a named shape with random weights."""
     torch.manual_seed(0)
     if name in SHAPES:
@@ -106,7 +108,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, *, layers: i
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+                model: Model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         finally:
             torch.set_default_dtype(default)
         return model.eval()

@@ -17,6 +17,8 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -154,9 +156,9 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
         result, tiles = row.result, tiles_in_flight(row)
         matrix = f"{result.wgmma}!" if result.wgmma_serialized else str(result.wgmma)
         in_flight = ("", "") if tiles is None else (tiles, tiles * (row.tile_bytes or 0) // 1024)
-        cells = (row.kernel, row.case, row.arch, row.num_warps, row.num_stages, result.registers)
-        cells += (f"{result.spill_stores}/{result.spill_loads}", result.shared_bytes, programs_per_sm(row), *in_flight)
-        cells += (matrix, result.mma, result.tcgen05, result.async_copies, result.loads_16)
+        cells: list[Any] = [row.kernel, row.case, row.arch, row.num_warps, row.num_stages, result.registers]
+        cells += [f"{result.spill_stores}/{result.spill_loads}", result.shared_bytes, programs_per_sm(row), *in_flight]
+        cells += [matrix, result.mma, result.tcgen05, result.async_copies, result.loads_16]
         lines.append([str(cell) for cell in cells])
     if markdown:
         lines.insert(1, ["---"] * len(head))
@@ -214,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return report(compile_all(options.kernel or known, options.arch), options.json, options.markdown)
 
 
-def _module(kernel: str):
+def _module(kernel: str) -> ModuleType:
     return importlib.import_module(f"hf_fastattn.kernels.{kernel}")
 
 

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import hf_fastattn
 
 from . import common
 from .attempts import attempt
+from .common import Model
 from .throughput import CHECKED_PROMPT, CHECKED_STEPS
 
 BASELINE, EAGER = "sdpa/generate_batch", "eager/generate_batch"
@@ -69,7 +70,7 @@ class Run:
     logprobs: Tensor | None = None
 
 
-def make_prompts(model: PreTrainedModel, cell: Cell) -> list[list[int]]:
+def make_prompts(model: Model, cell: Cell) -> list[list[int]]:
     """Return random prompts."""
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.get_text_config().vocab_size
@@ -127,7 +128,7 @@ def call(model: Any, combo: str, cell: Cell, prompts: list[list[int]], **options
 
 
 @torch.no_grad()
-def error_of(reference: PreTrainedModel, prompts: list[list[int]], run: Run) -> tuple[float, float]:
+def error_of(reference: Model, prompts: list[list[int]], run: Run) -> tuple[float, float]:
     """Return how far a run's log probabilities and choices are from a reference's, and its largest logit."""
     assert run.logprobs is not None
     reference.set_attn_implementation("eager")
@@ -144,7 +145,7 @@ def error_of(reference: PreTrainedModel, prompts: list[list[int]], run: Run) -> 
 
 
 def check(
-    model: PreTrainedModel, reference: PreTrainedModel, combo: str, cell: Cell, known: dict[str, tuple[float, float]]
+    model: Model, reference: Model, combo: str, cell: Cell, known: dict[str, tuple[float, float]]
 ) -> tuple[bool, dict[str, float]]:
     """Compare a combination with the reference on a smaller cell; return whether it is right, and the errors.
 
@@ -174,7 +175,7 @@ def compare(row: dict[str, Any], run: Run, expected: Tensor | None, dtype: torch
         row["status"] = "WRONG tokens"
 
 
-def first_call(row: dict[str, Any], model: PreTrainedModel, combo: str, cell: Cell, prompts: list[list[int]]) -> Run:
+def first_call(row: dict[str, Any], model: Model, combo: str, cell: Cell, prompts: list[list[int]]) -> Run:
     """Generate without memory of earlier calls, and note the most that this one takes on a GPU."""
     hf_fastattn.release(model)
     row["peak_mib"] = None
@@ -188,9 +189,7 @@ def first_call(row: dict[str, Any], model: PreTrainedModel, combo: str, cell: Ce
     return run
 
 
-def measure_cell(
-    model: PreTrainedModel, reference: PreTrainedModel, combos: list[str], cell: Cell, rounds: int
-) -> list[dict[str, Any]]:
+def measure_cell(model: Model, reference: Model, combos: list[str], cell: Cell, rounds: int) -> list[dict[str, Any]]:
     """Check and time combinations on one cell, the baseline always; one row each. The model is paged by default."""
     prompts, expected = make_prompts(model, cell), None
     rows: dict[str, dict[str, Any]] = {}

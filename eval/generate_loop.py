@@ -128,6 +128,7 @@ def measure_glue(device: torch.device, steps: int, rounds: int) -> list[dict[str
     """Time decode steps of models with few and with many layers that compute next to nothing."""
 
     def model_of(layers: int) -> Any:
+        options: dict[str, Any] = {"attn_implementation": "sdpa"}
         config = LlamaConfig(
             vocab_size=64,
             hidden_size=32,
@@ -135,7 +136,7 @@ def measure_glue(device: torch.device, steps: int, rounds: int) -> list[dict[str
             num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
-            attn_implementation="sdpa",
+            **options,
         )
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval().to(device)

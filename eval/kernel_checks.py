@@ -87,7 +87,7 @@ def store_checker(x: StoreInputs) -> Callable[[Any], Check]:
     def check(_: Any) -> Check:
         caches = (x.k_cache, x.v_cache)
         written = [int((cache != 0).any(-1).any(-1).sum()) for cache in caches]
-        wanted = [cache.clone() for cache in caches]
+        wanted = x.k_cache.clone(), x.v_cache.clone()
         k, v = (new[seqs][:, :, tokens] for new in (x.k, x.v))
         reference.store_kv(k, v, *wanted, x.block_table[seqs], x.past_lens[seqs], positions=positions)
         error = max((got.double() - want.double()).abs().max().item() for got, want in zip(caches, wanted, strict=True))

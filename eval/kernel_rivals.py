@@ -35,7 +35,7 @@ def ours_attention(cell: DecodeCell | PrefillCell, copies: list[AttentionInputs]
         return ours_decode("reused", True, cell, copies)
 
     def call(x: AttentionInputs) -> Tensor:
-        tables = {"block_table": x.block_table, "seq_lens": x.seq_lens}
+        tables: dict[str, Any] = {"block_table": x.block_table, "seq_lens": x.seq_lens}
         return ops.prefill_attention(x.q, x.k, x.v, softmax_scale=x.scale, causal=cell.causal, **tables)
 
     return Prepared([functools.partial(call, x) for x in copies])

@@ -27,7 +27,8 @@ class Prepared:
 
 def make_timer(prepared: Prepared, device: torch.device) -> tuple[Callable[[], float], str]:
     """Return a function that measures seconds per call over all calls, and how: "graph", "events" or "clock"."""
-    how, run = "clock", functools.partial(_run_all, prepared)
+    how = "clock"
+    run: Callable[[], None] = functools.partial(_run_all, prepared)
     with prepared.context():
         if device.type == "cuda":
             try:

@@ -184,7 +184,7 @@ def measure_end_to_end(
 ) -> list[dict[str, Any]]:
     """Generate with a model, its linear layers put in and taken out between rounds; tokens per second of each."""
     model = common.load_model(name, device, dtype).requires_grad_(False)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for batch in batches:
         ids = torch.randint(3, model.config.vocab_size, (batch, 128), device=device)
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import hf_fastattn
 from hf_fastattn import CACHE_NAME, PagedCache
 
 from . import common
+from .common import Model
 from .throughput import Cell, make_cache, make_inputs
 
 CACHES = {
@@ -44,7 +44,7 @@ def storage_bytes(tensors: Iterator[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(model: PreTrainedModel, name: str, cell: Cell) -> dict[str, Any]:
+def measure(model: Model, name: str, cell: Cell) -> dict[str, Any]:
     """Generate over one cache and return what it reserved and what it needed."""
     implementation, kind = CACHES[name]
     model.set_attn_implementation(implementation)
@@ -91,7 +91,7 @@ QUESTION = 32
 """Tokens of a question behind a system prompt, and of a chat turn."""
 
 
-def measure_forks(model: PreTrainedModel, cell: Cell) -> list[dict[str, Any]]:
+def measure_forks(model: Model, cell: Cell) -> list[dict[str, Any]]:
     """Ask ``cell.batch`` questions behind one system prompt of ``cell.prompt`` tokens, with and without a fork."""
     model.set_attn_implementation("fastattn")
     full = make_inputs(model, Cell(cell.batch, cell.prompt + QUESTION, cell.new_tokens, 1, 0.0))["input_ids"]
@@ -119,7 +119,7 @@ def measure_forks(model: PreTrainedModel, cell: Cell) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_chat(model: PreTrainedModel, cell: Cell, turns: int = 4) -> list[dict[str, Any]]:
+def measure_chat(model: Model, cell: Cell, turns: int = 4) -> list[dict[str, Any]]:
     """Hold a chat of some turns, whose first prompt has ``cell.prompt`` tokens, with and without a prefix store."""
     model.set_attn_implementation("fastattn")
     rows = []
@@ -151,7 +151,7 @@ def measure_chat(model: PreTrainedModel, cell: Cell, turns: int = 4) -> list[dic
     return rows
 
 
-def generate(model: PreTrainedModel, ids: Tensor, cache: PagedCache, new_tokens: int, beams: int = 1) -> Tensor:
+def generate(model: Model, ids: Tensor, cache: PagedCache, new_tokens: int, beams: int = 1) -> Tensor:
     """Generate exactly new_tokens over a cache."""
     return model.generate(
         ids,
@@ -166,7 +166,7 @@ def generate(model: PreTrainedModel, ids: Tensor, cache: PagedCache, new_tokens:
     )
 
 
-def draw_blocks(model: PreTrainedModel, cell: Cell, path: Path) -> None:
+def draw_blocks(model: Model, cell: Cell, path: Path) -> None:
     """Draw who owns which block after a search of four beams behind each of two prompts."""
     model.set_attn_implementation("fastattn")
     length = cell.prompt + 2 * cell.new_tokens

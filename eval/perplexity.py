@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from hf_fastattn import CACHE_NAME, PagedCache
 
 from . import common
+from .common import Model
 
 HELD_OUT = common.TINY_MODEL / "heldout.txt"
 
@@ -67,7 +68,7 @@ def window_nll(logits: Tensor, targets: Tensor) -> float:
 
 
 @torch.no_grad()
-def by_window(model: PreTrainedModel, ids: Tensor, window: int, stride: int, label: str) -> float:
+def by_window(model: Model, ids: Tensor, window: int, stride: int, label: str) -> float:
     """Return the perplexity from one prefill per window."""
     total, count = 0.0, 0
     for begin, end, first in common.bar(list(windows(len(ids), window, stride)), label):
@@ -78,7 +79,7 @@ def by_window(model: PreTrainedModel, ids: Tensor, window: int, stride: int, lab
 
 
 @torch.no_grad()
-def by_token(model: PreTrainedModel, ids: Tensor, window: int, stride: int, label: str) -> float:
+def by_token(model: Model, ids: Tensor, window: int, stride: int, label: str) -> float:
     """Return the perplexity from prefilling each window's context and then feeding its counted tokens one by one."""
     total, count = 0.0, 0
     for begin, end, first in common.bar(list(windows(len(ids), window, stride)), label):
@@ -93,7 +94,7 @@ def by_token(model: PreTrainedModel, ids: Tensor, window: int, stride: int, labe
 
 
 def measure(
-    model: PreTrainedModel, exact: PreTrainedModel, ids: Tensor, implementations: list[str], args: argparse.Namespace
+    model: Model, exact: Model, ids: Tensor, implementations: list[str], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return one row per implementation and path."""
     exact.set_attn_implementation("eager")

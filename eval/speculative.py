@@ -11,6 +11,7 @@ are tokens per second, tokens per forward pass, and the share of proposals that 
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def measure(
         for kind in kinds
     }
     runs = common.alternate(cases, rounds, label="speculative")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for attention in ATTENTIONS:
         for kind in kinds:
-            passes = count_passes(model, lambda a=attention, k=kind: generate(a, k))
+            passes = count_passes(model, partial(generate, attention, kind))
             total = len(prompts) * new_tokens
             proposed = sum(passes) - sum(prompt.shape[1] for prompt in prompts) - (len(passes) - len(prompts))
             different = first_difference(tokens[attention, kind], tokens["sdpa", None], prompts)

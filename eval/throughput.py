@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
-    PreTrainedModel,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -33,6 +32,7 @@ from hf_fastattn import CACHE_NAME, PagedCache, compile_policy, optimize_linears
 
 from . import common
 from .attempts import LOST, DeviceLost, attempt
+from .common import Model
 from .compiled_steps import SKIPPED_STEPS, Compilation, StepProfiler, prepare_profiler
 
 
@@ -143,7 +143,7 @@ class Clock(StoppingCriteria):
         return [b - a for a, b in pairs]
 
 
-def make_inputs(model: PreTrainedModel, cell: Cell) -> dict[str, Tensor]:
+def make_inputs(model: Model, cell: Cell) -> dict[str, Tensor]:
     """Return random prompts; with padding, row i is left-padded by a share that grows with i."""
     generator = torch.Generator().manual_seed(1)
     vocab = model.config.get_text_config().vocab_size
@@ -155,7 +155,7 @@ def make_inputs(model: PreTrainedModel, cell: Cell) -> dict[str, Tensor]:
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
+def make_cache(model: Model, kind: str, cell: Cell) -> Any:
     """Return an empty cache with room for a cell."""
     if kind == "dynamic":
         return DynamicCache(config=model.config)
@@ -167,7 +167,7 @@ def make_cache(model: PreTrainedModel, kind: str, cell: Cell) -> Any:
 
 
 def forced_logits(
-    model: PreTrainedModel, implementation: str, cache: str, cell: Cell, inputs: dict[str, Tensor], given: Tensor
+    model: Model, implementation: str, cache: str, cell: Cell, inputs: dict[str, Tensor], given: Tensor
 ) -> Tensor:
     """Return the logits of the last prompt token and of the given tokens after it, (batch, steps, vocab), float64."""
     model.set_attn_implementation(implementation)
@@ -185,7 +185,7 @@ def forced_logits(
     return torch.stack(logits, 1)
 
 
-def reference_logits(reference: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor], given: Tensor) -> Tensor:
+def reference_logits(reference: Model, cell: Cell, inputs: dict[str, Tensor], given: Tensor) -> Tensor:
     """Return the same logits from eager attention, row by row without padding (at which eager in float64 gives NaN)."""
     rows = []
     for ids, mask, row_given in zip(inputs["input_ids"], inputs["attention_mask"], given, strict=True):
@@ -204,7 +204,7 @@ class Checker:
         cell: of which the prompts are cut to CHECKED_PROMPT tokens, without beams and samples.
     """
 
-    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel, cell: Cell) -> None:
+    def __init__(self, model: Model, reference: Model, cell: Cell) -> None:
         self.model = model
         self.cell = replace(cell, prompt=min(cell.prompt, CHECKED_PROMPT), beams=1, samples=1, reserved=0)
         self.inputs = make_inputs(model, self.cell)
@@ -227,8 +227,8 @@ class Checker:
 
 
 def check_cell(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
+    model: Model,
+    reference: Model,
     combos: list[str],
     cell: Cell,
     *,
@@ -237,9 +237,9 @@ def check_cell(
     """Check every combination on one cell; one row each, to be completed by :func:`measure_cell`."""
     rows: list[dict[str, Any]] = [{"cell": cell.name, "combo": name, **asdict(cell)} for name in combos]
     made: dict[str, Any] = {}
-    check = attempt(made, lambda: checker(model, reference, cell))
+    check = attempt(made, partial(checker, model, reference, cell))
     for row in rows:
-        found = made if check is None else attempt(row, lambda row=row: check(COMBOS[row["combo"]]))
+        found = made if check is None else attempt(row, partial(check, COMBOS[row["combo"]]))
         row.update(found or {})
     restore_linears(model)
     return rows
@@ -254,7 +254,7 @@ class Caches:
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
 
-    def take(self, model: PreTrainedModel, combo: str, cell: Cell) -> Any:
+    def take(self, model: Model, combo: str, cell: Cell) -> Any:
         """Return a combination's cache, empty; None if generate() is to make one."""
         kind = COMBOS[combo].cache
         if kind == "default":
@@ -269,7 +269,7 @@ class Caches:
 
 
 def generate_once(
-    model: PreTrainedModel,
+    model: Model,
     name: str,
     cell: Cell,
     inputs: dict[str, Tensor],
@@ -320,13 +320,13 @@ def generate_once(
     return {"first": first, "steps": steps, "tokens": found.cpu()}
 
 
-def expected_tokens(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor]) -> Tensor:
+def expected_tokens(model: Model, cell: Cell, inputs: dict[str, Tensor]) -> Tensor:
     """Return the tokens of the baseline: eager attention, or sdpa where eager's score matrix would be too large."""
     baseline = "eager/dynamic" if cell.prompt <= CHECKED_PROMPT else "sdpa/dynamic"
     return generate_once(model, baseline, cell, inputs, Caches())["tokens"]
 
 
-def regret(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor], tokens: Tensor) -> float:
+def regret(model: Model, cell: Cell, inputs: dict[str, Tensor], tokens: Tensor) -> float:
     """Return by how much at most the model prefers another token than one that was chosen, in logits, of two rows.
 
     The model runs in one pass under sdpa, so that nothing of the measured path is in it.
@@ -346,7 +346,7 @@ def regret(model: PreTrainedModel, cell: Cell, inputs: dict[str, Tensor], tokens
 
 
 def measure_cell(
-    model: PreTrainedModel,
+    model: Model,
     cell: Cell,
     rows: list[dict[str, Any]],
     rounds: int,
@@ -389,8 +389,8 @@ def measure_cell(
             continue
         common.say(f"{cell.name} {name}: first calls")
         with compilation.watched(row := by_name[name]):  # compilation is warm-up, counted and shown apart
-            for call in ("first_call_s", "second_call_s"):  # the second compiles where generate() makes the cache
-                row[call] = common.seconds(partial(run, name), model.device)
+            for key in ("first_call_s", "second_call_s"):  # the second compiles where generate() makes the cache
+                row[key] = common.seconds(partial(run, name), model.device)
         if row["status"] == "ok" and COMBOS[name].compiled and model.device.type == "cuda":
             row["status"] = compilation.verdict(model, row)
         save()
@@ -431,7 +431,7 @@ def summary(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge_tokens(
-    model: PreTrainedModel,
+    model: Model,
     cell: Cell,
     inputs: dict[str, Tensor],
     tokens: dict[str, Tensor],
@@ -455,7 +455,7 @@ def judge_tokens(
                 row["status"] = "WRONG tokens"
         if cell.beams == cell.samples == 1 and "allowed_error" in row:  # else tokens are not the preferred ones
             judged: dict[str, Any] = {}
-            row["regret"] = attempt(judged, lambda found=found: regret(model, cell, inputs, found))
+            row["regret"] = attempt(judged, partial(regret, model, cell, inputs, found))
             if row["regret"] is None:
                 row["tokens"] = f"not judged: {judged['status']}"
             elif (
@@ -464,7 +464,7 @@ def judge_tokens(
                 row["status"] = "WRONG tokens"
 
 
-def skip_what_does_not_fit(model: PreTrainedModel, cell: Cell, rows: dict[str, dict[str, Any]]) -> list[str]:
+def skip_what_does_not_fit(model: Model, cell: Cell, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Return the combinations that passed their check and for which, one after the other, there is memory.
 
     Caches of a fixed size stay until the cell is done. A growing one is there beside them, in a call, with a layer's

@@ -3,6 +3,8 @@
 import functools
 import os
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub, nor wait for one that is not there
+
 import pytest
 import torch
 

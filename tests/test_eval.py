@@ -393,7 +393,7 @@ if args.mode == "fails":
     ("arguments", "seconds", "failure", "lines"),
     [
         (("--mode", "works"), 60, None, ["begun"]),
-        (("--mode", "hangs"), 1, "stopped after", ["begun", "kept"]),
+        (("--mode", "hangs"), 6, "stopped after", ["begun", "kept"]),
         (("--mode", "fails"), 60, "exit code 1: error: no such kernel", ["begun"]),
         (("--mode", "loses"), 60, "exit code 75", ["begun"]),
         (("--mode", "loses", "--resume"), 60, None, ["begun"] * 3),
