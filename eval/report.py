@@ -120,6 +120,8 @@ def gpu_plan() -> list[Measurement]:
     long = throughput("8x32768", 64, 1, "--combos", "sdpa/dynamic", "fastattn/paged+compile")
     reserved = throughput("1x8192", 64, 2, "--reserve", "32768", *sized)
     padded = throughput("64x128", 128, 2, "--padding", "0.3", *sized)
+    kinds = [f"fastattn/paged{kind}" for kind in ("", "+compile", "+cudagraphs", "+combo_kernels")]
+    compilers = throughput("1x128", 128, 2, "--combos", "sdpa/dynamic", *kinds)
     continuous = ("--model", "qwen3-0.6b", "--cells", "64x512", "32x2048", "--new-tokens", "64", "--rounds", "3")
     return [
         Measurement("kernels_goals", "eval.kernels", ("--no-flex", "--no-variants", "--match", *goals), 150),
@@ -127,6 +129,7 @@ def gpu_plan() -> list[Measurement]:
         Measurement("throughput_reserved", "eval.throughput", reserved, 240),
         Measurement("throughput_8x32k", "eval.throughput", long, 280, least_gib=120),
         Measurement("cold_start", "eval.cold_start", ("--model", "llama-3-8b", "--layers", "4", "--rounds", "1"), 150),
+        Measurement("throughput_compilers", "eval.throughput", compilers, 330),
         Measurement("generate_loop", "eval.generate_loop", ("--models", "qwen3-0.6b", "--rounds", "3"), 100),
         Measurement("perplexity", "eval.perplexity", ("--limit", "20000"), 60),
         Measurement("memory", "eval.memory", ("--model", "qwen3-0.6b", "--cells", "4x1024"), 60),

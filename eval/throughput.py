@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     DynamicCache,
     StaticCache,
     StoppingCriteria,
@@ -46,6 +47,7 @@ class Combo:
         compiled: decode steps, on a GPU.
         loop: ours instead of transformers'.
         linears: ours, at decode.
+        compile_config: what compiling is asked for instead of transformers' default, inductor's "reduce-overhead".
     """
 
     implementation: str
@@ -53,8 +55,12 @@ class Combo:
     compiled: bool = False
     loop: bool = False
     linears: bool = False
+    compile_config: CompileConfig | None = None
 
 
+NO_MODE: Any = None  # of inductor's; CompileConfig's types know of none
+GRAPHS_ONLY = CompileConfig(backend="cudagraphs", mode=NO_MODE)
+COMBO_KERNELS = CompileConfig(mode=NO_MODE, options={"triton.cudagraphs": True, "combo_kernels": True})
 COMBOS = {
     "eager/dynamic": Combo("eager", "dynamic"),
     "sdpa/dynamic": Combo("sdpa", "dynamic"),
@@ -65,6 +71,8 @@ COMBOS = {
     "fastattn/static": Combo("fastattn", "static"),
     "fastattn/paged": Combo("fastattn", "paged"),
     "fastattn/paged+compile": Combo("fastattn", "paged-sized", compiled=True),
+    "fastattn/paged+cudagraphs": Combo("fastattn", "paged-sized", compiled=True, compile_config=GRAPHS_ONLY),
+    "fastattn/paged+combo_kernels": Combo("fastattn", "paged-sized", compiled=True, compile_config=COMBO_KERNELS),
     "fastattn/default": Combo("fastattn", "default", compiled=True),
     "fastattn/default+loop": Combo("fastattn", "default", compiled=True, loop=True),
     "fastattn/default+loop+linears": Combo("fastattn", "default", compiled=True, loop=True, linears=True),
@@ -301,6 +309,7 @@ def generate_once(
             eos_token_id=None,
             pad_token_id=0,
             disable_compile=not combo.compiled,
+            **({"compile_config": combo.compile_config} if combo.compile_config is not None else {}),
         )[:, inputs["input_ids"].shape[1] :]
 
     common.synchronize(model.device)
