@@ -133,6 +133,31 @@ def test_a_baseline_that_fails_leaves_speeds_without_a_comparison(models, monkey
     assert row["tokens"] == "not compared, the baseline failed: OutOfMemoryError: full"
 
 
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """Events on its stream: the host neither waits for a step nor counts in it."""
+    waits, now = [], iter([1.0, 251.0, 255.0, 263.0])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.ms = next(now)
+
+        def elapsed_time(self, other):
+            assert waits  # else it may not have come yet
+            return other.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(common, "synchronize", waits.append)
+    clock = throughput.Clock(torch.device("cuda", 0))
+    for _ in range(3):
+        assert not clock(torch.ones(2, 3, dtype=torch.long), None).any()
+    assert not waits
+    assert clock.seconds() == pytest.approx([0.25, 0.004, 0.008])
+
+
 def test_our_loop_is_timed_without_a_clock(models, monkeypatch):
     """With one in the call it would wait for each step: decoding is what a call takes longer than one of a token."""
     native, calls = models[0].generate, []
