@@ -17,10 +17,11 @@ from .memory import GlobalMemory, MemoryFault, SharedMemory, Who
 from .operands import FILES, TYPES, Step, Stopped, unknown
 from .products import Products
 from .program import Instruction, Program
+from .tensor_memory import TensorMemory, TensorProducts
 from .traffic import Traffic
 
 
-class Machine(Arithmetic, Accesses, Products):
+class Machine(Arithmetic, Accesses, Products, TensorProducts):
     """Runs programs of one kernel, one at a time.
 
     Args:
@@ -70,6 +71,8 @@ class Machine(Arithmetic, Accesses, Products):
         self._issued: list[Any] = []  # asynchronous copies not yet in a group
         self._groups: list[list[Any]] = []
         self._products: list[list[np.ndarray]] = [[]]  # addresses that asynchronous products of each group read
+        self._tensor = TensorMemory(self.shared)
+        self._active = np.ones(self._threads, np.bool_)  # threads of a branch that only some of them take
 
     def run(self, index: int) -> Iterator[None]:
         """Run one program of the grid; pause after every atomic, with :meth:`save` and :meth:`restore` around a pause.
@@ -78,9 +81,14 @@ class Machine(Arithmetic, Accesses, Products):
             Stopped: what went wrong, with the instruction and the line of the kernel.
         """
         self._begin(index)
-        block = 0
+        block, join, before = 0, -1, {}
         while True:
+            if block == join:
+                self._rejoin(before)
+                join = -1
             steps, last = self._blocks[block]
+            if join >= 0 and not self._is_harmless(steps):
+                raise Stopped(f"program {index}: not all threads go through {steps[0][1].where} and what it does")
             for step, instruction in steps:
                 try:
                     taken = step()
@@ -91,19 +99,43 @@ class Machine(Arithmetic, Accesses, Products):
                 break
             if operation == "atom":
                 yield
+            if operation == "bra" and taken is None:
+                if join >= 0:
+                    raise Stopped("threads part within a branch that only some of them take")
+                join, before = self.program.labels[last.operands[0]], self._part(last)
             block = self.program.labels[last.operands[0]] if operation == "bra" and taken else block + 1
         if self._issued or any(self._groups) or any(self._products):
             raise Stopped(f"program {index} ends before its asynchronous copies and products")
+        self._tensor.end()
+
+    def _part(self, branch: Instruction) -> dict[str, np.ndarray]:
+        """Go on with the threads that do not take a branch; return the registers for those that do."""
+        self._active = self._register(branch.predicate or "") == branch.negated
+        return {name: values.copy() for name, values in self._files.items()}
+
+    def _rejoin(self, before: dict[str, np.ndarray]) -> None:
+        """Go on with all threads, at the target of a branch that some have taken."""
+        waiting = np.flatnonzero(~self._active)
+        for name, values in self._files.items():
+            values[:, waiting] = before[name][:, waiting]
+        self._active = np.ones(self._threads, np.bool_)
+
+    @staticmethod
+    def _is_harmless(steps: list[tuple[Step, Instruction]]) -> bool:
+        """Whether a block may run for threads that are not there, whose registers are restored behind it."""
+        meeting = ("ld", "st", "atom", "cp", "bar", "barrier", "ret", "shfl", "ldmatrix", "stmatrix", "mma", "wgmma")
+        names = {instruction.opcode.split(".")[0] for _, instruction in steps if ".param" not in instruction.opcode}
+        return names.isdisjoint(meeting)
 
     def save(self) -> Any:
         """Return the state of a paused program."""
-        state = (self.shared, self._who, self._issued, self._groups, self._products)
+        state = (self.shared, self._who, self._issued, self._groups, self._products, self._tensor)
         kept = {name: values.copy() for name, values in (*self._files.items(), *self._special.items())}
         return kept, state
 
     def restore(self, saved: Any) -> None:
         """Go on with a program that was paused."""
-        kept, (self.shared, self._who, self._issued, self._groups, self._products) = saved
+        kept, (self.shared, self._who, self._issued, self._groups, self._products, self._tensor) = saved
         for name, values in (*self._files.items(), *self._special.items()):
             values[:] = kept[name]
 
@@ -112,7 +144,7 @@ class Machine(Arithmetic, Accesses, Products):
         build = getattr(self, f"_build_{name}", None)
         if build is None:
             raise unknown(instruction)
-        if instruction.predicate and name not in ("ld", "st", "atom", "bra"):
+        if instruction.predicate and name not in ("ld", "st", "atom", "bra", "mbarrier", "tcgen05"):
             raise unknown(instruction)
         step: Step = build(instruction, kinds)
         return step
@@ -122,11 +154,11 @@ class Machine(Arithmetic, Accesses, Products):
             return lambda: True
         predicate, negated = self._register(instruction.predicate), instruction.negated
 
-        def branch() -> bool:
-            taken = bool(predicate[0])
-            if (predicate != taken).any():
-                raise Stopped("the threads of a program do not go the same way, which this machine does not know")
-            return taken != negated
+        def branch() -> bool | None:
+            found = predicate[self._active]
+            if (found != found[0]).any():
+                return None
+            return bool(found[0]) != negated
 
         return branch
 
@@ -145,6 +177,8 @@ class Machine(Arithmetic, Accesses, Products):
             self._memory.pass_barrier(self._who)
 
         return wait
+
+    _build_barrier = _build_bar  # the same, where threads of a warp need not arrive together
 
     def _build_fence(self, *_: Any) -> Step:
         return lambda: None

@@ -96,8 +96,20 @@ def described(descriptor: int, rows: int, *, transposed: bool) -> np.ndarray:
 
     transposed: M or N lies contiguously in memory instead of k.
     """
+    return _swizzled(descriptor, {1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3], rows, transposed)
+
+
+@functools.lru_cache(1024)
+def described_tensor(descriptor: int, rows: int, *, transposed: bool) -> np.ndarray:
+    """Return the same of a descriptor of tcgen05."""
+    if descriptor >> 46 & 63 != 1:  # a constant, and no base offset
+        raise ValueError(f"a descriptor {descriptor:#x} of a kind that is not known")
+    return _swizzled(descriptor, {2: 128, 4: 64, 6: 32}[descriptor >> 61 & 7], rows, transposed)
+
+
+def _swizzled(descriptor: int, pattern: int, rows: int, transposed: bool) -> np.ndarray:
+    """Return the addresses of an operand; pattern: bytes of a row whose 16-byte pieces are swizzled."""
     start, lead, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    pattern = {1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]  # bytes of a row whose 16-byte pieces are swizzled
     row, k = np.ogrid[:rows, :16]
     if transposed:
         elements = pattern // 2  # M or N goes on in another panel behind them

@@ -62,7 +62,8 @@ def parse(ptx: str) -> Program:
     """
     program, where = Program(), ""
     block: list[Instruction] = []
-    body = False
+    depth = 0
+    guard: tuple[str | None, bool] = (None, False)  # of a wait for a barrier, which Triton writes as a loop
 
     def end_block() -> None:
         nonlocal block
@@ -77,10 +78,19 @@ def parse(ptx: str) -> Program:
         elif found := re.match(r"\.reqntid (\d+)", line):
             program.num_threads = int(found[1])
         elif line == "{":
-            body = True
-        elif not body or not line or line == "}":
-            if line == "}":
+            depth += 1
+        elif line == "}":
+            depth, guard = depth - 1, (None, False)
+            if depth == 0:
                 break
+        elif not depth or not line:
+            continue
+        elif depth > 1 and (found := re.match(r"@(!?)(%p\d+)\s+bra\.uni skipWait;$", line)):
+            guard = found[2], not found[1]  # who does not skip the wait
+        elif depth > 1 and line in (".reg .pred complete;", "waitLoop:", "skipWait:", "@!complete bra.uni waitLoop;"):
+            continue
+        elif depth > 1 and (found := re.match(r"(mbarrier\.try_wait[\w.:]*)\s+(complete,.*);$", line)):
+            block.append(Instruction(found[1], tuple(_operands(found[2])), *guard, where))
         elif found := re.match(r"\.reg \.\w+\s+%(\w+?)<(\d+)>;", line):
             program.registers[found[1]] = int(found[2])
         elif line.startswith(".pragma"):

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from hf_fastattn import ops
 from tests.interpret.decode_call import Call
 
 from . import launches
@@ -148,7 +149,7 @@ ADDRESS = "mad.wide.s32 %rd10, %r0, 4, %rd0;"
         ("ld.global.b32 { %r2 }, [ %rd10 + 4 ];", "1 threads access 4 bytes outside of all tensors, the first 256"),
         ("ld.global.b32 { %r2 }, [ %rd10 + 2 ];", "not a multiple of the access's 4 bytes"),
         ("st.global.b32 [ %rd0 + 0 ], { %r0 };", "two threads write different values to one address"),
-        ("setp.lt.s32 %p1, %r0, 9; @%p1 bra $L; add.s32 %r2, %r2, 1; $L:", "do not go the same way"),
+        ("setp.lt.s32 %p1, %r0, 9; @%p1 bra $L; st.shared.b32 [%r2], %r0;\n$L:", "not all threads go through"),
         ("cp.async.cg.shared.global [ %r40 + 0 ], [ %rd0 + 0 ], 0x10, %r41;", "ends before its asynchronous copies"),
     ],
     ids=["outside", "misaligned", "conflict", "divergence", "unfinished"],
@@ -156,6 +157,84 @@ ADDRESS = "mad.wide.s32 %rd10, %r0, 4, %rd0;"
 def test_faults(body, message):
     with pytest.raises(Stopped, match=message):
         run(f"{ADDRESS}\n shl.b32 %r40, %r0, 4; mov.b32 %r41, 16; {body}", torch.zeros(THREADS, dtype=torch.int32))
+
+
+def test_threads_that_skip_a_branch_keep_their_registers():
+    """As where one warp issues the matrix products of all; it meets the others behind it."""
+    memory = torch.zeros(THREADS, dtype=torch.int32)
+    run(
+        f"""{ADDRESS} mov.b32 %r2, 5; setp.ge.u32 %p1, %r0, 32;
+        @%p1 bra $L;
+        add.s32 %r2, %r2, 1;
+        elect.sync %r3|%p2, -1;
+        setp.lt.u32 %p3, %r0, 40;
+        selp.b32 %r2, 9, %r2, %p2;
+        @%p3 bra $M;
+        mov.b32 %r2, 100;
+        $M:
+        add.s32 %r2, %r2, 1;
+        $L:
+        st.global.b32 [ %rd10 + 0 ], {{ %r2 }};""",
+        memory,
+    )
+    assert memory.tolist() == [10, *[7] * 31, *[5] * 32]
+
+
+TENSOR = """
+    setp.lt.u32 %p1, %r0, 32;
+    setp.eq.u32 %p2, %r0, 0;
+    mov.pred %p3, -1;
+    mov.b32 %r9, 512;
+    ALLOC: @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r9], 64;
+    bar.sync 0;
+    ld.shared.b32 %r8, [%r9];
+    shr.u32 %r7, %r0, 5;
+    shl.b32 %r7, %r7, 21;
+    add.s32 %r8, %r8, %r7;
+    add.s32 %r2, %r0, 1000;
+    STORE: tcgen05.st.sync.aligned.32x32b.x2.b32 [%r8 + 3], {%r0, %r2};
+    WAIT: tcgen05.wait::st.sync.aligned;
+    bar.sync 0;
+    LOAD: tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {%r3}, [%r8 + 3], 1;
+    tcgen05.wait::ld.sync.aligned;
+    bar.sync 0;
+    DEALLOC: @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r8, 64;
+    mad.wide.s32 %rd10, %r0, 4, %rd0;
+    st.global.b32 [ %rd10 + 0 ], { %r3 };
+"""
+"""Two warps store two words a thread to their lanes, and load the first 16 lanes of each: one word a thread."""
+
+
+def tensor(name="", line=""):
+    """Run it, with another line in the place of one that has a name; return what was loaded."""
+    memory = torch.zeros(THREADS, dtype=torch.int32)
+    body = re.sub(rf"\b{name}: .*", line, TENSOR) if name else TENSOR
+    run(re.sub(r"[A-Z]+: ", "", body), memory)
+    return memory
+
+
+def test_tensor_memory():
+    lane, warp = torch.arange(THREADS) % 32, torch.arange(THREADS) // 32 * 32
+    assert torch.equal(tensor(), torch.where(lane < 16, lane + warp, lane - 16 + warp + 1000).int())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("WAIT", "", "tensor memory is loaded while a store to it is under way"),
+        ("DEALLOC", "", "keeps tensor memory"),
+        ("ALLOC", "@%p2 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r9], 64;", "1 threads allocate"),
+        ("STORE", "tcgen05.st.sync.aligned.32x32b.x2.b32 [%r8 + 63], {%r0, %r2};", "column 64 of tensor memory"),
+        ("STORE", "tcgen05.st.sync.aligned.32x32b.x2.b32 [%r9 + 3], {%r0, %r2};", "lanes of tensor memory that are"),
+        ("STORE", "tcgen05.st.sync.aligned.32x32b.x2.b32 [%r0 + 3], {%r0, %r2};", "name different addresses"),
+        ("LOAD", "tcgen05.ld.sync.aligned.16x64b.x1.b32 {%r3}, [%r8 + 3];", "does not know the instruction"),
+        ("WAIT", "@%p2 mbarrier.init.shared::cta.b64 [%r9], 1;\n{\nwaitLoop:\nmbarrier.try_wait.parity.shared.b64 "
+         "complete, [%r9], 0;\n@!complete bra.uni waitLoop;\n}", "a barrier that nothing will end"),
+    ],
+)  # fmt: skip
+def test_faults_in_tensor_memory(name, line, message):
+    with pytest.raises(Stopped, match=message):
+        tensor(name, line)
 
 
 def test_lanes_that_a_predicate_leaves_out_touch_nothing():
@@ -360,6 +439,32 @@ def test_matrix_products():
         torch.testing.assert_close(got, a.float() @ b.float(), rtol=1e-6, atol=1e-6)
 
 
+def left_out(arch, kernel, pattern, call):
+    """Leave each occurrence of a pattern out of a kernel's PTX in turn; return how many there are, and were noticed."""
+    with launches.emulated(arch):
+        whole = call()
+    seen = noticed = 0
+    while True:
+        removed = []
+
+        def leave_out(name, ptx, *, number=seen, removed=removed):
+            found = list(re.finditer(pattern, ptx)) if name == kernel else []
+            if number >= len(found):
+                return ptx
+            removed.append(number)
+            return ptx[: found[number].start()] + ptx[found[number].end() :]
+
+        try:
+            with launches.emulated(arch, edit=leave_out):
+                wrong = not torch.equal(call(), whole)
+        except Stopped:
+            wrong = True
+        if not removed:
+            return seen, noticed
+        seen += 1
+        noticed += wrong
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 def test_it_notices_what_is_left_out_of_a_kernel(arch):
     """The barriers and waits of the decode kernel's own PTX, one after the other, left out of it.
@@ -367,30 +472,30 @@ def test_it_notices_what_is_left_out_of_a_kernel(arch):
     Some may be missing: two barriers in a row, or one behind which other memory is used.
     """
     call = Call((137, 330), heads=8, kv_heads=2, dim=128, block_size=64, dtype=torch.bfloat16)
-    kinds = {"barriers": r"bar\.sync\s+0;", "waits": r"cp\.async\.wait_group\s+\d+;"}
-    seen = dict.fromkeys(kinds, 0)
-    noticed = dict(seen)
-    with launches.emulated(arch):
-        whole = call.run(3)
-    for kind, pattern in kinds.items():
-        while True:
-            left_out = []
+    seen, noticed = left_out(arch, "_decode_kernel", r"cp\.async\.wait_group\s+\d+;", lambda: call.run(3))
+    assert noticed == seen > 0
+    seen, noticed = left_out(arch, "_decode_kernel", r"bar\.sync\s+0;", lambda: call.run(3))
+    assert noticed > seen / 2
 
-            def leave_out(name, ptx, *, number=seen[kind], pattern=pattern, left_out=left_out):
-                found = list(re.finditer(pattern, ptx)) if name == "_decode_kernel" else []
-                if number >= len(found):
-                    return ptx
-                left_out.append(number)
-                return ptx[: found[number].start()] + ptx[found[number].end() :]
 
-            try:
-                with launches.emulated(arch, edit=leave_out):
-                    wrong = not torch.equal(call.run(3), whole)
-            except Stopped:
-                wrong = True
-            if not left_out:
-                break
-            seen[kind] += 1
-            noticed[kind] += wrong
-    assert noticed["waits"] == seen["waits"] > 0
-    assert noticed["barriers"] > seen["barriers"] / 2
+@pytest.mark.parametrize(
+    ("pattern", "least"),
+    [
+        (r"mbarrier\.try_wait[^;]*;", 0.7),  # that for a product is one for all before it, too
+        (r"tcgen05\.wait::st\.sync\.aligned;", 0.4),  # likewise
+        (r"@%p\d+ tcgen05\.commit[^;]*;", 1),
+        (r"@%p\d+ tcgen05\.dealloc[^;]*;", 1),
+    ],
+    ids=["waits for products", "waits for stores", "commits", "dealloc"],
+)
+def test_it_notices_what_is_left_out_of_a_kernel_with_tensor_memory(pattern, least):
+    """Of prefill as compiled for sm_100, with enough tiles that both of its loops run."""
+    call = Call((460,), heads=1, kv_heads=1, query_len=130, dim=64, dtype=torch.bfloat16)
+    where = {"block_table": call.block_table, "seq_lens": call.seq_lens, "softmax_scale": 0.125}
+
+    def attend():
+        with launches.on_the_way_of_a_gpu():
+            return ops.prefill_attention(call.q, call.k, call.v, **where)
+
+    seen, noticed = left_out(100, "prefill_attention_kernel", pattern, attend)
+    assert seen and least * seen <= noticed <= seen
