@@ -170,7 +170,7 @@ def _attend_blocks(
             "seq_lens": tables.seq_lens,
             "shared_prefixes": tables.shared_prefixes if tables.key_mask is None else None,
         }
-        kind = (query.device, query.dtype, *query.shape[1:], v_cache.shape[3], options.window)
+        kind = (query.device, query.dtype, *query.shape[1:], *v_cache.shape[2:], options.window)
         if kind not in step.schedules:  # one for all layers of the kind
             step.schedules[kind] = ops.decode_schedule(query, k_cache, v_cache, window=options.window, **given)
         schedule = step.schedules[kind]

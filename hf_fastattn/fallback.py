@@ -63,8 +63,11 @@ def fallback_attention(
     query_len, columns = query.shape[2], key.shape[2]
     plain = mask is None and query_len == columns and options.window >= columns
     if plain and options.causal and options.softcap == 0.0 and options.sinks is None and options.position_bias is None:
+        scale = options.softmax_scale
+        if not scale > 0:  # is_causal gives NaN with such a factor
+            query, scale = query * scale, 1.0
         out = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=options.dropout, is_causal=True, scale=options.softmax_scale, enable_gqa=True
+            query, key, value, dropout_p=options.dropout, is_causal=True, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous()
     bias = _bias(query, columns, mask, options)

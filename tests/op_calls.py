@@ -84,7 +84,7 @@ class Call:
     def largest_score(self):
         """Return a bound of the scaled scores."""
         longest = [t.double().nan_to_num().norm(dim=-1).max().item() for t in (self.q, self.k)]
-        return longest[0] * longest[1] * self.options["softmax_scale"]
+        return longest[0] * longest[1] * abs(self.options["softmax_scale"])
 
     def run(self, module, name, dtype=None):
         q, k, v = ((t if dtype is None else t.to(dtype)) for t in (self.q, self.k, self.v))

@@ -78,6 +78,12 @@ def change(**tensors):
             ValueError,
             r"expected key_mask \(2, at least 64 keys\), got \(1, 64\)",
         ),
+        (
+            change(key_mask=lambda _: torch.ones(2, 64, dtype=torch.int64)),
+            TypeError,
+            "key_mask must be int8, uint8 or bool, got torch.int64",
+        ),
+        (change(options=lambda o: o | {"window": 0}), ValueError, "a window of at least one token, got 0"),
     ],
 )
 def test_attention_arguments_that_do_not_belong_together(name, spoil, error, message):
@@ -127,6 +133,7 @@ def test_query_positions_are_for_blocks():
         (change(v=lambda v: v[:, :1]), r"expected k and v .* got \(3, 2, 3, 8\), \(3, 1, 3, 8\)"),
         (change(caches=lambda c: [c[0][..., :4], c[1]]), r"caches .* do not take k and v \(3, 2, 3, 8\)"),
         (change(caches=lambda c: [c[0], c[1][:, :, :1]]), "caches .* do not take k and v"),
+        (change(caches=lambda c: [c[0], c[1][:, ::2]]), "caches .* do not take k and v"),
         (change(block_table=lambda t: t[:2]), r"expected block_table \(3, max_blocks\) .* got \(2, 3\)"),
         (change(past_lens=lambda n: n[:2]), r"expected block_table .* and past_lens \(3,\), got .* \(2,\)"),
         (change(positions=lambda _: torch.zeros(3, 2)), r"expected positions \(3, 3\), got \(3, 2\)"),
@@ -136,4 +143,22 @@ def test_store_arguments_that_do_not_belong_together(spoil, message):
     store = Store()
     spoil(store)
     with pytest.raises(ValueError, match=message):
+        store.run(ops)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            change(caches=lambda c: [c[0], c[1].half()]),
+            "caches of torch.float32 and torch.float16 do not take torch.float32",
+        ),
+        (change(block_table=lambda t: t.long()), "must be int32, got torch.int64 and torch.int32"),
+        (change(past_lens=lambda n: n.long()), "must be int32, got torch.int32 and torch.int64"),
+    ],
+)
+def test_store_takes_one_dtype_of_each(spoil, message):
+    store = Store()
+    spoil(store)
+    with pytest.raises(TypeError, match=message):
         store.run(ops)

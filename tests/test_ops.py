@@ -244,6 +244,7 @@ calls = st.fixed_dictionaries(
         "query_len": st.sampled_from([1, 1, 2, 5, 9, 33, 40]),
         "window": st.sampled_from([NO_WINDOW, NO_WINDOW, 1, 3, 17]),
         "softcap": st.sampled_from([0.0, 0.0, 5.0]),
+        "scale": st.sampled_from([1.0, 1.0, 1.0, -0.5, 0.0]),
         "sinks": st.booleans(),
         "hidden": st.sampled_from([0.0, 0.0, 0.3, 0.9]),
         "causal": st.sampled_from([True, True, True, False]),
@@ -257,6 +258,7 @@ def any_call(options, lens, **layout):
     sizes = {name: options[name] for name in ("dtype", "query_len", "seed")}
     call = Call(tuple(lens), heads=heads, kv_heads=kv_heads, dim=dim, v_dim=v_dim, **sizes, **layout)
     call.options |= {"window": options["window"], "softcap": options["softcap"]}
+    call.options["softmax_scale"] *= options["scale"]
     call.causal = options["causal"]
     if options["sinks"]:
         call.sinks = 2 * call.normal(heads)

@@ -26,6 +26,9 @@ HEADER_WORDS, PROGRAM_WORDS, SEGMENT_WORDS = 8, 4, 9
 SHARED_LEVELS = 8
 """Shared prefixes behind each other that there is room for the partial results of, see Plan.shared_units."""
 
+MOST_SLOTS = 2**31
+"""Elements that the slots of a block span at most: their offsets are 32-bit numbers, those of blocks 64-bit ones."""
+
 SOFTMAXES = ("lazy", "fixed", "online")
 
 
@@ -85,11 +88,16 @@ class Plan:
         return min(self.block_m, _ceil_power_of_2(self.rows))
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """All of them: a schedule serves the calls whose sizes are its own."""
+        return tuple(vars(self).values())
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the schedule tensor.
 
-        Its width tells the tile sizes and the cuts, its height the number of shared entries: a schedule that was made
-        for other ones does not fit.
+        Its width tells the tile sizes and the cuts, its height the number of shared entries: most schedules that were
+        made for other ones do not fit even where nobody noted what they were made for.
         """
         tiles = (self.block_m.bit_length() - 1) * 8 + self.block_n.bit_length() - 1
         width = 64 + 2 * tiles + self.batch_invariant
@@ -211,8 +219,10 @@ def supports(
         return f"head sizes go to {MAX_HEAD_DIM}, got {q.shape[3]} for q and k, {v.shape[3]} for v"
     if block_table is not None and (k.shape[1] & (k.shape[1] - 1) or not 16 <= k.shape[1] <= 256):
         return f"block_size must be a power of two from 16 to 256, got {k.shape[1]}"
-    if key_mask is not None and key_mask.dtype not in (torch.bool, torch.int8, torch.uint8):
-        return f"key_mask must be int8 or bool, got {key_mask.dtype}"
+    if block_table is not None:
+        slots = max(x.stride(1) * (x.shape[1] - 1) for x in (k, v))
+        if slots >= MOST_SLOTS:
+            return f"the slots of a block must lie less than {MOST_SLOTS} elements apart, got {slots}"
     if not softmax_scale > 0:
         return f"softmax_scale must be positive, got {softmax_scale}"
     return None

@@ -268,6 +268,11 @@ def launch(
             f"expected a schedule of shape {call.schedule_shape} for these sizes, got {tuple(schedule.shape)}: "
             "decode_schedule must be given the same shapes, shared_prefixes and batch_invariant"
         )
+    if getattr(schedule, "made_for", call.sizes) != call.sizes:
+        raise ValueError(
+            f"expected a schedule for {plan}, got one for other numbers of heads or queries: "
+            f"{schedule.made_for}"  # type: ignore[attr-defined]
+        )
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = key_mask.view(torch.int8)
     acc = q.new_empty(call.partial_rows, v.shape[3], dtype=torch.float32)
@@ -284,7 +289,7 @@ class _Call:
 
     Attributes:
         launch: of the kernel.
-        config, plan: of the call.
+        config, plan, sizes: of the call, and the plan's.
         out_shape, schedule_shape, partial_rows: sizes of what it writes to.
         sees_nothing: the result is 0, if there is any.
     """
@@ -292,6 +297,7 @@ class _Call:
     launch: Launch
     config: DecodeConfig
     plan: Plan
+    sizes: tuple[int, ...]
     out_shape: tuple[int, ...]
     schedule_shape: tuple[int, int]
     partial_rows: int
@@ -370,7 +376,7 @@ def _prepare(
     if torch.version.hip is None:
         options["maxnreg"] = cfg.maxnreg
     launch = Launch(q.device, _decode_kernel, (plan.num_programs,), scalars, constants, options)
-    return _Call(launch, cfg, plan, out_shape, plan.shape, plan.partial_rows, sees_nothing)
+    return _Call(launch, cfg, plan, plan.sizes, out_shape, plan.shape, plan.partial_rows, sees_nothing)
 
 
 def compile_cases(arch: int) -> list["CompileCase"]:

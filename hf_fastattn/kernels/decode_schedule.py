@@ -336,9 +336,11 @@ def launch(
         _, plan = make_plan(
             q, k, v, block_table, shared_prefixes, batch_invariant, config=config, num_programs=num_programs
         )
-        call = keep(_kept, (key, options), (plan, plan.shape, _prepare(plan, q, k, block_table, window, block)))
-    plan, shape, launch_kernel = call
-    schedule = q.new_empty(shape, dtype=torch.int32)
+        prepared = _prepare(plan, q, k, block_table, window, block)
+        call = keep(_kept, (key, options), (plan, plan.sizes, plan.shape, prepared))
+    plan, sizes, shape, launch_kernel = call
+    schedule: Any = q.new_empty(shape, dtype=torch.int32)
+    schedule.made_for = sizes  # its shape does not tell all of them
     if q.numel() == 0:
         return schedule
     launch_kernel(
@@ -349,7 +351,7 @@ def launch(
     return schedule
 
 
-_kept: dict[Any, tuple[Plan, tuple[int, int], Launch]] = {}
+_kept: dict[Any, tuple[Plan, tuple[int, ...], tuple[int, int], Launch]] = {}
 
 
 def _prepare(plan: Plan, q: Tensor, k: Tensor, block_table: Tensor | None, window: int, block: int) -> Launch:

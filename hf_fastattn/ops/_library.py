@@ -88,8 +88,8 @@ def _kernel_or(name: str, implementation: Callable[..., Any]) -> Callable[..., A
         if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
             _warn_slow(name, "gradients are needed, which its kernel does not give")
             return implementation(*args)
-        if not has_triton():
-            _warn_slow(name, "Triton is not installed")
+        if not has_triton() or torch.version.hip is not None:
+            _warn_slow(name, "its kernel is for NVIDIA GPUs" if has_triton() else "Triton is not installed")
             return implementation(*args)
         launch, refusals = find_launcher()
         try:

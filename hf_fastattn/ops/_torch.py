@@ -228,6 +228,8 @@ def attend_dense(
         key_mask = key_mask[:, :seq_len]
         if key_mask.is_cpu and bool(key_mask.all()):  # a GPU would have to be waited for
             key_mask = None
+    if not softmax_scale > 0:  # is_causal gives NaN with such a factor
+        q, softmax_scale = q * softmax_scale, 1.0
     if causal and query_len == 1 and window < seq_len:
         k, v = k[:, :, -window:], v[:, :, -window:]
         key_mask = None if key_mask is None else key_mask[:, -window:]

@@ -13,7 +13,7 @@ from ._cpu_schedule import CpuSchedule
 from ._library import define_op, is_direct
 from ._torch import attend_dense, attend_one_query, attend_paged
 from .decode_schedule import decode_schedule
-from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes
+from .shapes import MAX_DECODE_QUERY_LEN, NO_WINDOW, check_attention, check_shared_prefixes, check_window
 
 
 def decode_attention(
@@ -73,6 +73,7 @@ def decode_attention(
     tests/interpret/test_decode_attention.py.
     """
     check_attention(q, k, v, block_table, seq_lens, key_mask, sinks)
+    check_window(window)
     if shared_prefixes is not None:
         check_shared_prefixes(shared_prefixes, block_table, key_mask)
     if q.shape[2] > MAX_DECODE_QUERY_LEN:

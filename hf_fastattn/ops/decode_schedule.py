@@ -12,7 +12,7 @@ from torch import Tensor
 from ._cpu_schedule import CpuSchedule
 from ._library import define_op, has_triton, is_direct
 from ._torch import make_cpu_schedule
-from .shapes import NO_WINDOW, check_attention, check_shared_prefixes
+from .shapes import NO_WINDOW, check_attention, check_shared_prefixes, check_window
 
 
 def decode_schedule(
@@ -43,6 +43,7 @@ def decode_schedule(
     tests/interpret/test_decode_schedule.py.
     """
     check_attention(q, k, v, block_table, seq_lens, None, None)
+    check_window(window)
     if shared_prefixes is not None:
         check_shared_prefixes(shared_prefixes, block_table, None)
     if block_table is not None and seq_lens is not None and q.shape[2] == 1 and is_direct("decode_schedule", q):

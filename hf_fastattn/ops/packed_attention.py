@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._library import define_op
 from ._torch import attend_dense
-from .shapes import NO_WINDOW, check_packed
+from .shapes import NO_WINDOW, check_packed, check_window
 
 
 def packed_attention(
@@ -62,6 +62,7 @@ def packed_attention(
     tests/interpret/test_packed_attention.py.
     """
     check_packed(q, k, v, query_starts, key_starts, max_query_len, sinks)
+    check_window(window)
     return _OP(q, k, v, query_starts, key_starts, sinks, max_query_len, softmax_scale, causal, window, softcap)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._library import define_op
 from ._torch import attend_dense, attend_paged
-from .shapes import NO_WINDOW, check_attention
+from .shapes import NO_WINDOW, check_attention, check_window
 
 
 def prefill_attention(
@@ -61,6 +61,7 @@ def prefill_attention(
     tests/interpret/test_prefill_attention.py.
     """
     check_attention(q, k, v, block_table, seq_lens, key_mask, sinks)
+    check_window(window)
     if query_positions is not None and block_table is None:
         raise ValueError("query_positions needs a block_table: dense keys are aligned with the last query")
     if query_positions is not None and query_positions.shape != (q.shape[0], q.shape[2]):

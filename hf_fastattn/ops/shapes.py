@@ -52,9 +52,17 @@ def check_attention(
     elif k_rows != num_seqs:
         raise ValueError(f"q has batch size {num_seqs}, k has {k_rows}")
     if key_mask is not None:
+        if key_mask.dtype not in (torch.bool, torch.int8, torch.uint8):
+            raise TypeError(f"key_mask must be int8, uint8 or bool, got {key_mask.dtype}")
         keys = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
         if key_mask.dim() != 2 or key_mask.shape[0] != q.shape[0] or (block_table is None and key_mask.shape[1] < keys):
             raise ValueError(f"expected key_mask ({q.shape[0]}, at least {keys} keys), got {tuple(key_mask.shape)}")
+
+
+def check_window(window: int) -> None:
+    """Raise ValueError for a window in which not even the query's own token lies."""
+    if window < 1:
+        raise ValueError(f"expected a window of at least one token, got {window}: without one it is {NO_WINDOW}")
 
 
 def check_packed(

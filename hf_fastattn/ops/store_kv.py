@@ -36,14 +36,15 @@ def store_kv(
     where the host has checked it before the step.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError, TypeError: shapes or dtypes that do not belong together.
         IndexError: a position without a block (CPU).
 
     Oracle: :func:`hf_fastattn.reference.store_kv`; tests: tests/test_ops.py, tests/interpret/test_store_kv.py.
     """
     if k.dim() != 4 or v.dim() != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"expected k and v (num_seqs, heads, query_len, dim), got {tuple(k.shape)}, {tuple(v.shape)}")
-    if k_cache.shape[2:] != (k.shape[1], k.shape[3]) or v_cache.shape[2:] != (v.shape[1], v.shape[3]):
+    same_blocks = k_cache.shape[:2] == v_cache.shape[:2]
+    if not same_blocks or k_cache.shape[2:] != k.shape[1::2] or v_cache.shape[2:] != v.shape[1::2]:
         raise ValueError(
             f"caches (num_blocks, block_size, heads, dim) {tuple(k_cache.shape)}, {tuple(v_cache.shape)} do not take "
             f"k and v {tuple(k.shape)}, {tuple(v.shape)}"
@@ -53,6 +54,10 @@ def store_kv(
             f"expected block_table ({k.shape[0]}, max_blocks) and past_lens ({k.shape[0]},), got "
             f"{tuple(block_table.shape)} and {tuple(past_lens.shape)}"
         )
+    if k.dtype != k_cache.dtype or v.dtype != v_cache.dtype:
+        raise TypeError(f"caches of {k_cache.dtype} and {v_cache.dtype} do not take {k.dtype} and {v.dtype}")
+    if block_table.dtype != torch.int32 or past_lens.dtype != torch.int32:
+        raise TypeError(f"block_table and past_lens must be int32, got {block_table.dtype} and {past_lens.dtype}")
     if positions is not None and positions.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"expected positions {(k.shape[0], k.shape[2])}, got {tuple(positions.shape)}")
     _OP(k, v, k_cache, v_cache, block_table, past_lens, positions)

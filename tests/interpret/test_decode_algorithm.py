@@ -239,6 +239,16 @@ def test_an_aborted_launch_leaves_nothing_behind(order):
     assert torch.equal(call.run(6, config, again), first)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (4, 2)])
+def test_a_schedule_for_other_heads_is_refused(heads, kv_heads):
+    """As layers of one model may have them, though the shape of the schedule is the same."""
+    made, other = Call((70, 33), heads=4, kv_heads=1), Call((70, 33), heads=heads, kv_heads=kv_heads)
+    schedule = made.schedule(4, made.config(block_m=16))
+    assert schedule.shape == other.schedule(4, other.config(block_m=16)).shape
+    with pytest.raises(ValueError, match=r"expected a schedule for Plan\(.*, got one for other numbers of heads"):
+        other.run(4, other.config(block_m=16), schedule)
+
+
 def test_a_schedule_for_other_sizes_is_refused():
     call = tree()
     config = call.config()

@@ -203,6 +203,11 @@ def test_empty_calls(shape):
     assert not out.any()
 
 
+def far_slots(cache):
+    """Return the layout of a cache whose slots lie so far apart that the last one's offset needs more than 31 bits."""
+    return torch.empty_strided(cache.shape, (1, 2**31 // 15 + 1, 1, 1), dtype=cache.dtype, device="meta")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -210,7 +215,7 @@ def test_empty_calls(shape):
         (lambda call: setattr(call, "k", call.k[:, :12]), "block_size must be a power of two from 16 to 256, got 12"),
         (lambda call: setattr(call, "k", call.k[:, :8]), "block_size must be a power of two from 16 to 256, got 8"),
         (lambda call: setattr(call, "v", call.v.repeat(1, 1, 1, 17)), "head sizes go to 256, got 16 for q and k, 272"),
-        (lambda call: setattr(call, "key_mask", torch.ones(2, 40)), "key_mask must be int8 or bool"),
+        (lambda call: setattr(call, "k", far_slots(call.k)), "slots of a block must lie less than 2147483648 elements"),
         (lambda call: call.options.update(softmax_scale=0.0), "softmax_scale must be positive, got 0.0"),
         (lambda call: call.options.update(softmax_scale=-0.5), "softmax_scale must be positive, got -0.5"),
     ],

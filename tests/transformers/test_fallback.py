@@ -27,7 +27,9 @@ from models import (
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
+from hf_fastattn import reference
 from hf_fastattn.attention import fastattn_attention
+from hf_fastattn.fallback import AttentionOptions, fallback_attention
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss"]
 PADDINGS = {"none": lambda: {"input_ids": prompt()}, "left": lambda: left_padded(prompt(), 5, 2)}
@@ -280,3 +282,14 @@ def test_inference_on_plain_inputs_does_not_warn():
         for inputs in (left_padded(prompt(), 5, 0), with_holes(prompt())):
             model(**inputs)
             generate(model, paged(model), **inputs)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
+def test_any_scale(scale):
+    """PyTorch's causal attention gives NaN for one that is not positive."""
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    options = AttentionOptions(softmax_scale=scale, causal=True, window=2**31 - 1, softcap=0.0)
+    wanted = reference.prefill_attention(*(x.double() for x in (query, key, value)), softmax_scale=scale)
+    torch.testing.assert_close(
+        fallback_attention(query, key, value, None, options).double(), wanted, rtol=1e-5, atol=1e-6
+    )

@@ -341,3 +341,26 @@ def test_model_loads_with_the_implementation(tmp_path):
     assert torch.equal(out.sequences, wanted.sequences)
     model.save_pretrained(tmp_path / "again")
     assert "fastattn" not in (tmp_path / "again" / "config.json").read_text()
+
+
+@pytest.mark.usefixtures("by_table")
+def test_layers_may_have_other_numbers_of_key_heads(monkeypatch):
+    """Each kind of layer has a schedule of its own: one for 4 key heads says nothing of the work over 2."""
+    model = build("llama", num_attention_heads=4, num_key_value_heads=4)
+    other = build("llama", num_attention_heads=4, num_key_value_heads=2)
+    model.model.layers[1].self_attn = other.model.layers[1].self_attn
+    wanted, exact = generate(model, input_ids=prompt()), generate(in_float64(model), input_ids=prompt())
+    native, made = hf_fastattn.ops.decode_schedule, []
+
+    def counted(q, k, v, **kwargs):
+        made.append(k.shape[2])
+        return native(q, k, v, **kwargs)
+
+    monkeypatch.setattr(hf_fastattn.ops, "decode_schedule", counted)
+    for each in model.modules():
+        if hasattr(each, "config"):
+            each.config._attn_implementation = "fastattn"
+    out = generate(model, paged(model), input_ids=prompt())
+    assert torch.equal(out.sequences, wanted.sequences)
+    check_logits(*(torch.stack(result.logits) for result in (out, wanted, exact)))
+    assert made.count(4) == made.count(2) > 0
