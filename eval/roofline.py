@@ -188,6 +188,8 @@ def decode_cells() -> list[DecodeCell]:
     for batch, context in ((1, 8192), (16, 4096)):
         lens = (context,) * batch
         cells += [DecodeCell(lens, num_kv_heads=32), DecodeCell(lens, head_dim=64), DecodeCell(lens, head_dim=256)]
+    # One key head, as with multi-query attention and where tensor parallelism leaves one to a GPU.
+    cells += [DecodeCell((32768,), num_heads=8, num_kv_heads=1), DecodeCell((8192,), 8, 1, 256)]
     generator = random.Random(0)
     cells += [
         DecodeCell((131072, *(1024,) * 63), label="ragged 128k+63x1k"),

@@ -29,6 +29,51 @@ def _faults(file: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -
 
 DECODE_FAULTS = [
     *_faults(
+        ATTENTION,
+        (ALGORITHM, "-k", "other_heads"),
+        (
+            "a schedule for other heads taken",
+            'if getattr(schedule, "made_for", call.sizes) != call.sizes:',
+            "if False:",
+        ),
+    ),
+    *_faults(
+        "hf_fastattn/attention.py",
+        ("tests/transformers/test_other_models.py", "-k", "other_numbers"),
+        ("one schedule for any heads", "*v_cache.shape[2:], options.window)", "v_cache.shape[3], options.window)"),
+    ),
+    *_faults(
+        PLAN,
+        ("tests/interpret/test_decode_attention.py", "-k", "cannot_do"),
+        ("slots too far apart", "        if slots >= MOST_SLOTS:", "        if False:"),
+    ),
+    *_faults(
+        "hf_fastattn/ops/_torch.py",
+        ("tests/test_ops.py", "-k", "any_paged or any_dense"),
+        ("a scale below 0", "    if not softmax_scale > 0:  # is_causal", "    if False:  # is_causal"),
+    ),
+    *_faults(
+        "hf_fastattn/fallback.py",
+        ("tests/transformers/test_fallback.py", "-k", "any_scale"),
+        ("a scale below 0 in the fallback", "        if not scale > 0:  # is_causal", "        if False:  # is_causal"),
+    ),
+    *_faults(
+        "hf_fastattn/ops/shapes.py",
+        ("tests/test_op_arguments.py",),
+        ("an empty window taken", "    if window < 1:", "    if window < 0:"),
+        ("a mask of any dtype taken", "if key_mask.dtype not in (torch.bool, torch.int8, torch.uint8):", "if False:"),
+    ),
+    *_faults(
+        "hf_fastattn/ops/store_kv.py",
+        ("tests/test_op_arguments.py",),
+        ("caches in other blocks taken", "    if not same_blocks or k_cache", "    if k_cache"),
+        (
+            "caches of other dtypes taken",
+            "    if k.dtype != k_cache.dtype or v.dtype != v_cache.dtype:",
+            "    if False:",
+        ),
+    ),
+    *_faults(
         COMBINE,
         CUTS,
         (
