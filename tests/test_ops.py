@@ -236,6 +236,15 @@ def test_decode_with_shared_prefixes_and_a_schedule(query_len):
     call.check("decode_attention")
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_any_scale(scale, block_size):
+    """Of as many queries as keys: PyTorch's causal attention gives NaN for a scale that is not positive."""
+    call = Call((7, 7), query_len=7, block_size=block_size)
+    call.options["softmax_scale"] = scale
+    call.check_both()
+
+
 calls = st.fixed_dictionaries(
     {
         "heads": st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
