@@ -188,7 +188,11 @@ def run_one(item: Measurement, folder: Path, device: torch.device, deadline: flo
             log.flush()
             begin = log.tell()
             process = subprocess.Popen(
-                [*command, "--out", str(folder / f"{item.name}.json")], cwd=common.ROOT, stdout=log, stderr=log
+                [*command, "--out", str(folder / f"{item.name}.json")],
+                cwd=common.ROOT,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_take_interrupts,
             )
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0))
@@ -204,6 +208,11 @@ def run_one(item: Measurement, folder: Path, device: torch.device, deadline: flo
                 log.seek(begin)
                 last = Path(log.name).read_text()[begin:].strip().splitlines()
                 return [f"{item.name}: exit code {code}: {last[-1] if last else ''}"]
+
+
+def _take_interrupts() -> None:
+    """Let a new process take SIGINT, which a shell makes its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

@@ -59,6 +59,8 @@ def fastattn_attention(
     """
     if kwargs.get("output_attentions"):
         warn_once("fastattn never computes attention weights: output_attentions returns None")
+    if "indices" in kwargs or "block_indices" in kwargs or "sinks" in kwargs:
+        _refuse_selection(module, kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     packed = is_packed(kwargs) and (attention_mask is None or not attention_mask.is_floating_point())
     if attention_mask is None and isinstance(key, Tensor) and isinstance(value, Tensor) and not packed:
@@ -94,6 +96,16 @@ def fastattn_attention(
         value = value.materialize() if isinstance(value, Handle) else value
         out = _dense_attention(query, key, value, attention_mask, options)
     return out if out.dtype == wanted else out.to(wanted), None
+
+
+def _refuse_selection(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise where a model selects keys, or gives sinks for each query, by arguments that would be lost here."""
+    given = [name for name in ("indices", "block_indices", "sinks") if kwargs.get(name) is not None]
+    if given:
+        raise ValueError(
+            f"{type(module).__name__} says by {', '.join(given)} what its queries attend to, which fastattn does not "
+            'do: load the model with attn_implementation="sdpa"'
+        )
 
 
 def _one_dtype(
@@ -164,6 +176,8 @@ def _attend_blocks(
 ) -> Tensor:
     """Attend to blocks: a few queries per sequence by splitting the keys, many by tiling the queries."""
     positions = step.queries
+    if positions is not None:  # of the last queries, where a model drops the others in its last layers
+        positions = positions[:, positions.shape[1] - query.shape[2] :]
     if positions is None and options.causal and query.shape[2] <= ops.MAX_DECODE_QUERY_LEN:
         given: dict[str, Any] = {
             "block_table": tables.block_table,

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .cache import IMPLEMENTATION
 from .model_config import text_config
 from .paged_generation import PagedGeneration
+from .twofold import Twofold
 
 FAMILIES = (
     "gemma2",
@@ -58,12 +59,11 @@ class PagedByDefault(PagedGeneration):
         return builder._from_config(config, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _as_native(super().__reduce_ex__(1), type(self), self._native)
+        return _as_native(super().__reduce_ex__(1), type(self), Twofold(type(self), self._native))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __copy__(self) -> Self:
         twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        twin.__setstate__(self.__getstate__())  # type: ignore[attr-defined]
         return twin
 
 
@@ -197,8 +197,8 @@ def _asks(config: Any, kwargs: dict[str, Any]) -> bool:
     return IMPLEMENTATION in (wanted.values() if isinstance(wanted, dict) else [wanted])
 
 
-def _as_native(reduced: Any, ours: type, native: type) -> Any:
-    """Return what ``__reduce_ex__(1)`` gave, with the native class in the place of ours.
+def _as_native(reduced: Any, ours: type, native: Any) -> Any:
+    """Return what ``__reduce_ex__(1)`` gave, with the native class (in pickles) in the place of ours.
 
     From protocol 2 on, pickle insists on the object's own class.
     """

@@ -24,7 +24,9 @@ def read_dense(state: PagedState, blocks: LayerBlocks, step: Step | None = None)
     slots, stored = _slots(state, k_cache.device, step)
     missing = (~stored | (slots < 0))[:, :, None, None]
     slots = slots.clamp(min=0)
-    k, v = (cache.flatten(0, 1)[slots].masked_fill(missing, 0).transpose(1, 2) for cache in (k_cache, v_cache))
+    k, v = (
+        cache.flatten(0, 1)[slots].masked_fill(missing, 0).transpose(1, 2).contiguous() for cache in (k_cache, v_cache)
+    )
     return k, v
 
 

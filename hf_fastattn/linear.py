@@ -6,7 +6,6 @@ projections are one launch because the first of them computes all, and the other
 called with that very tensor. No weight is copied or moved for that.
 """
 
-import copy
 import warnings
 import weakref
 from collections import Counter
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.decode_linear import MAX_DECODE_LINEAR_ROWS, kernel_takes, needs_grad
+from .twofold import Twofold
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,17 +59,16 @@ class DecodeLinear(nn.Linear):
         if self._group is not None:
             self._group.join(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodeLinear":
+    def __copy__(self) -> "DecodeLinear":
         twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not DecodeLinear:
             return super().__reduce_ex__(protocol)
         state = {name: value for name, value in self.__dict__.items() if name not in ("_group", "_place")}
-        return nn.Linear.__new__, (nn.Linear,), state
+        return nn.Linear.__new__, (Twofold(DecodeLinear, nn.Linear),), Twofold(self.__dict__, state)
 
 
 class Group:

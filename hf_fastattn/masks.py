@@ -16,7 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .columns import announced
 from .fallback import warn_once
-from .own_attention import attends_itself
+from .own_attention import attends_itself, passes_window
 
 
 def fastattn_mask(
@@ -70,13 +70,14 @@ def fastattn_mask(
             **kwargs,
         )
     paged = kv_length < 0
-    if paged and q_length == 1 and not use_vmap:
+    window_in_mask = local_size is not None and not passes_window(config)
+    if paged and q_length == 1 and not use_vmap and not window_in_mask:
         return _of_one_query(attention_mask, look=kv_offset > 0)
     bidirectional = mask_function is bidirectional_mask_function
     if bidirectional:
         plain = allow_is_bidirectional_skip and local_size is None and not paged
     else:
-        plain = allow_is_causal_skip and not use_vmap and not _is_chunked(config, local_size)
+        plain = allow_is_causal_skip and not (use_vmap or window_in_mask or _is_chunked(config, local_size))
     if paged:
         if plain:
             if _modules_may_not_be_causal(config):
@@ -161,7 +162,7 @@ def _hides_nothing(attention_mask: Tensor) -> bool:
 
 def _is_all_ones(attention_mask: Tensor) -> bool:
     """Whether no column is hidden, as far as a graph that is traced may know."""
-    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and bool(attention_mask.all())
 
 
 def _key_padding(attention_mask: Tensor) -> Tensor:

@@ -12,6 +12,11 @@ def text_config(config: Any) -> Any:
         raise ValueError(
             f"PagedCache serves decoder-only models, not the encoder-decoder {config.model_type}: use its default cache"
         )
+    if getattr(text, "cross_attention_layers", None):
+        raise ValueError(
+            f"PagedCache stores the text's keys and values only, {config.model_type} also attends to images in layers "
+            "of their own: use its default cache"
+        )
     other = sorted(set(layer_types(text)) - _ATTENTION_TYPES)
     if other:
         raise ValueError(

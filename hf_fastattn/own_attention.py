@@ -4,6 +4,7 @@ transformers lets them ask for any implementation that is registered, and hands 
 function understands would be a wrong mask to them: they get eager attention's.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 _known: dict[str, bool] = {}
+_passing: dict[str, bool] = {}
 
 
 def attends_itself(config: Any) -> bool:
@@ -39,3 +41,18 @@ def _look(kind: str) -> bool:
                 known = hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS")
                 return not (known or getattr(model, "_supports_attention_backend", True))
     return False
+
+
+def passes_window(config: Any) -> bool:
+    """Return whether models of a config give attention their sliding window, instead of relying on the mask.
+
+    Args:
+        config: a model's, or that of a part. Where there is no code for it in transformers' way of naming files, or it
+            is first seen while a graph is traced, the answer is yes.
+    """
+    configuration = type(config).__module__
+    if configuration not in _passing and not torch.compiler.is_compiling():
+        modeling = configuration.replace(".configuration_", ".modeling_")
+        code = sys.modules.get(modeling) if modeling != configuration else None
+        _passing[configuration] = code is None or "sliding_window=" in inspect.getsource(code)
+    return _passing.get(configuration, True)

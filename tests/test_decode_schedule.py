@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from eval.roofline import decode_cells
 from hf_fastattn import ops
 from hf_fastattn.kernels import _decode_plan
-from hf_fastattn.kernels._decode_plan import DecodeConfig, Plan, config, make_plan, share, work
+from hf_fastattn.kernels._decode_plan import DecodeConfig, Plan, config, make_plan, own_ranges, share, work
 
 H200_PROGRAMS = 132
 
@@ -29,8 +29,17 @@ def plan_of(cell, programs_per_sm=None):
     members = len(cell.lens) if shared else 1
     cfg = config(90, cell.head_dim, cell.head_dim, torch.bfloat16, rows, cell.block_size, members)
     programs = H200_PROGRAMS * (programs_per_sm or cfg.programs_per_sm)
-    sizes = (len(cell.lens), len(entries), cell.num_kv_heads, rows, cfg.block_m, cfg.block_n)
-    return Plan(*sizes, programs, False), entries
+    block_size = cell.block_size or 64
+
+    def meta(*shape):
+        return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+    q, k = (
+        meta(len(cell.lens), cell.num_heads, query_len, cell.head_dim),
+        meta(1, block_size, cell.num_kv_heads, cell.head_dim),
+    )
+    table, listed = meta(len(cell.lens), 1), meta(len(entries), 4) if entries else None
+    return make_plan(q, k, k, table, listed, False, config=cfg, num_programs=programs)[1], entries
 
 
 def fixed_split(cell, plan, splits):
@@ -72,8 +81,37 @@ def test_the_busiest_program_has_hardly_more_than_the_mean(name):
         f"{name}: busiest {max(tiles)} tiles, mean {mean:.1f}; fixed split {chosen} ({splits} splits, chosen without "
         f"lengths), {best} at best\n"
     )
-    assert max(tiles) <= 1.05 * mean + 1
-    assert max(tiles) <= chosen
+    if cell.num_kv_heads > 1:  # else see the next test
+        assert max(tiles) <= 1.05 * mean + 1
+        assert max(tiles) <= chosen
+
+
+def test_only_what_many_rows_share_is_cut_into_fewer_ranges():
+    """One key head of all query heads: else the last program would read as many partial results as there are others."""
+    ranges = {}
+    for name, cell in CELLS.items():
+        plan, entries = plan_of(cell)
+        if cell.num_kv_heads > 1 and not entries:
+            total = sum(segment.num_tiles * segment.units for segment in work(plan, cell.lens)[1])
+            found = own_ranges(total, plan.balance, plan.num_programs)
+            assert found == plan.num_programs or found >= total
+        elif not entries:
+            tiles = work(plan, cell.lens)[2]
+            ranges[name] = (sum(map(bool, tiles)), max(tiles), sum(tiles))
+    assert ranges == {
+        "1x32k h8/1 d128 block 64": (64, 8, 512),  # 512 tiles of 32 KiB, partial results of 4 KiB
+        "1x8k h8/1 d256 block 64": (32, 8, 256),  # 8 KiB
+    }
+
+
+@given(total=st.integers(0, 10**6), balance=st.integers(0, 10**6), num_programs=st.integers(1, 300))
+def test_ranges_are_near_the_best_number(total, balance, num_programs):
+    found = own_ranges(total, balance, num_programs)
+    assert 1 <= found <= num_programs
+    if found < num_programs:
+        assert found.bit_count() == 1
+        assert balance and total * balance < 2 * found**2
+        assert found == 1 or found**2 <= 2 * total * balance
 
 
 def test_ragged_work_is_far_more_even_than_a_fixed_split():

@@ -8,7 +8,7 @@ the order of their keys, whoever arrives last, so that the result is the same bi
 import triton
 import triton.language as tl
 
-from ._decode_list import MAX_PIECES, counter_words, needed_words, own_piece, range_of, segment_words
+from ._decode_list import MAX_PIECES, RANGES_AT, counter_words, needed_words, own_piece, range_of, segment_words
 from ._softmax import LOG2_E, MIN_MAXIMUM
 
 
@@ -87,7 +87,6 @@ def combine(
 
     Reads past L1 (.cg): other programs wrote them during this launch.
     """
-    programs = tl.num_programs(0)
     row_tiles = tl.cdiv(rows, BLOCK_M)
     members_per_tile = tl.maximum(BLOCK_M // rows, 1)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -111,8 +110,9 @@ def combine(
         else:
             item = tl.load(words) + unit * num_tiles
             total = tl.load(schedule_ptr + tl.where(is_shared, 0, 1))
-            first = range_of(item, total, programs)
-            pieces = range_of(item + num_tiles - 1, total, programs) + 1 - first
+            ranges = tl.where(is_shared, tl.num_programs(0), tl.load(schedule_ptr + RANGES_AT))
+            first = range_of(item, total, ranges)
+            pieces = range_of(item + num_tiles - 1, total, ranges) + 1 - first
         begin, step = first_row(
             schedule_ptr, is_shared, segment, unit, first, member, rows, shared_rows, BLOCK_M, SLOT_ROWS
         )

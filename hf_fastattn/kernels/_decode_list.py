@@ -1,10 +1,10 @@
 """The work list of a decode step as the kernels see it: how it is cut, and where the parts of a schedule lie.
 
 A schedule is int32: a header [tiles of the shared list, of the own list, shared segments, rows of a sequence, where the
-segments, the needed tiles and the counters begin]; for each program its first tile and segment in either list; segments
-of 9 words (first tile in the list, first KV tile, KV tiles, first sequence, sequences, first key, end of the keys,
-parent, first slot), the shared ones before one for each sequence; for each sequence the tiles that its result needs; a
-counter of those done for each sequence, kv head and row tile.
+segments, the needed tiles and the counters begin, ranges of the own list]; for each program its first tile and segment
+in either list; segments of 9 words (first tile in the list, first KV tile, KV tiles, first sequence, sequences, first
+key, end of the keys, parent, first slot), the shared ones before one for each sequence; for each sequence the tiles
+that its result needs; a counter of those done for each sequence, kv head and row tile.
 """
 
 import triton
@@ -25,6 +25,7 @@ ROWS_AT = tl.constexpr(3)
 SEGMENTS_AT = tl.constexpr(4)
 NEEDED_AT = tl.constexpr(5)
 COUNTERS_AT = tl.constexpr(6)
+RANGES_AT = tl.constexpr(7)
 
 
 @triton.jit
@@ -40,6 +41,16 @@ def range_of(item, total, parts):
     over = total % parts
     behind = item - over * (size + 1)
     return tl.where(behind < 0, item // (size + 1), over + behind // tl.maximum(size, 1))
+
+
+@triton.jit
+def own_ranges(total, balance, num_programs):
+    """Return the number of ranges that the own list is cut into, see _decode_plan."""
+    work = total.to(tl.int64) * balance
+    ranges = num_programs * 0 + 1
+    while (2 * ranges <= num_programs) & (2 * ranges.to(tl.int64) * ranges <= work):
+        ranges *= 2
+    return tl.where((balance > 0) & (2 * ranges <= num_programs), ranges, num_programs)
 
 
 @triton.jit

@@ -61,7 +61,10 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a schedule and of the partial results. Attributes as in `make_plan`, and num_programs of the grid."""
+    """Sizes of a schedule and of the partial results. Attributes as in `make_plan`, and num_programs of the grid.
+
+    tile_ratio: bytes of a KV tile over those of a partial result, see own_ranges; None to cut for every program.
+    """
 
     num_seqs: int
     num_shared: int
@@ -71,6 +74,12 @@ class Plan:
     block_n: int
     num_programs: int
     batch_invariant: bool
+    tile_ratio: int | None = None
+
+    @property
+    def balance(self) -> int:
+        """What `own_ranges` weighs tiles by; 0 for as many ranges as programs."""
+        return 0 if self.tile_ratio is None else self.num_kv_heads * self.row_tiles * self.num_seqs * self.tile_ratio
 
     @property
     def row_tiles(self) -> int:
@@ -201,7 +210,11 @@ def make_plan(
     if num_programs is None:
         num_programs = _num_sms(q.device) * config.programs_per_sm
     sizes = (num_seqs, num_shared, num_kv_heads, rows, config.block_m, config.block_n)
-    return config, Plan(*sizes, num_programs, batch_invariant)
+    dim, v_dim = int(q.shape[3]), int(v.shape[3])
+    tile_bytes = config.block_n * (dim + v_dim) * q.dtype.itemsize
+    partial_bytes = min(config.block_m, _ceil_power_of_2(rows)) * v_dim * 4
+    ratio = None if batch_invariant else max(tile_bytes // max(partial_bytes, 1), 1)
+    return config, Plan(*sizes, num_programs, batch_invariant, ratio)
 
 
 def supports(
@@ -300,12 +313,26 @@ def work(
         own.append(Segment(item, low, count, seq, 1, begin, seq_len, parent, slot, units))
         item += count * units
         slot += units * (INVARIANT_MAX_PIECES if plan.batch_invariant else 1)
+    ranges = own_ranges(item, plan.balance, plan.num_programs)
     tiles = [
         share(plan.num_programs - 1 - program, total_shared, plan.num_programs)
-        + share(program, item, plan.num_programs)
+        + (share(program, item, ranges) if program < ranges else 0)
         for program in range(plan.num_programs)
     ]
     return shared, own, tiles
+
+
+def own_ranges(total: int, balance: int, num_programs: int) -> int:
+    """Return the number of ranges that the sequences' own list is cut into: a power of two, or one per program.
+
+    Who combines a unit reads a partial result of every range in it, alone. With r ranges of a unit of t tiles, reading
+    takes t / r tiles and combining r partial results: least for r**2 = t * tile_ratio. It limits the ranges where units
+    are few and have many rows, as one key head has that all query heads share.
+    """
+    ranges = 1
+    while 2 * ranges <= num_programs and 2 * ranges**2 <= total * balance:
+        ranges *= 2
+    return ranges if balance and 2 * ranges <= num_programs else num_programs
 
 
 def share(index: int, total: int, parts: int) -> int:

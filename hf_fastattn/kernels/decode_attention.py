@@ -19,7 +19,7 @@ from hf_fastattn.ops.shapes import NO_WINDOW
 
 from . import decode_schedule
 from ._decode_combine import arrive, combine, first_row, store_out, store_partial
-from ._decode_list import MAX_PIECES, ROWS_AT, own_piece, program_words, range_begin, segment_words
+from ._decode_list import MAX_PIECES, RANGES_AT, ROWS_AT, own_piece, program_words, range_begin, segment_words
 from ._decode_plan import DecodeConfig, Plan, config, make_plan, pad_dim, supports
 from ._decode_tiles import attend
 from ._launch import Launch, Unsupported, keep, layout, layout_of_blocks
@@ -104,7 +104,8 @@ def _decode_kernel(
     for work_list in range(0 if HAS_SHARED else 1, 2):
         is_shared = work_list == 0
         index = programs - 1 - program if is_shared else program
-        list_end = range_begin(index + 1, tl.load(schedule_ptr + work_list), programs)
+        ranges = tl.where(is_shared, programs, tl.load(schedule_ptr + RANGES_AT))
+        list_end = range_begin(tl.minimum(index + 1, ranges), tl.load(schedule_ptr + work_list), ranges)
         item = tl.load(program_words(schedule_ptr, program) + work_list * 2)
         segment = tl.load(program_words(schedule_ptr, program) + work_list * 2 + 1)
         while item < list_end:
@@ -270,8 +271,7 @@ def launch(
         )
     if getattr(schedule, "made_for", call.sizes) != call.sizes:
         raise ValueError(
-            f"expected a schedule for {plan}, got one for other numbers of heads or queries: "
-            f"{schedule.made_for}"  # type: ignore[attr-defined]
+            f"expected a schedule for {plan}, got one for other numbers of heads or queries: {schedule.made_for}"  # type: ignore[attr-defined]
         )
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = key_mask.view(torch.int8)

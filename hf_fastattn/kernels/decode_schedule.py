@@ -20,6 +20,7 @@ from ._decode_list import (
     MAX_PIECES,
     NEEDED_AT,
     PROGRAM_WORDS,
+    RANGES_AT,
     ROWS_AT,
     SEGMENT_WORDS,
     SEGMENTS_AT,
@@ -27,6 +28,7 @@ from ._decode_list import (
     needed_words,
     oldest_key,
     own_piece,
+    own_ranges,
     program_words,
     range_begin,
     segment_words,
@@ -37,7 +39,17 @@ from ._launch import Launch, Unsupported, keep, layout, layout_of_blocks
 if TYPE_CHECKING:
     from ._compile import CompileCase
 
-_UNSPECIALIZED = ["query_len", "window", "max_len", "num_seqs", "num_shared", "num_kv_heads", "num_programs", "rows"]
+_UNSPECIALIZED = [
+    "query_len",
+    "window",
+    "max_len",
+    "num_seqs",
+    "num_shared",
+    "num_kv_heads",
+    "num_programs",
+    "balance",
+    "rows",
+]
 _UNSPECIALIZED += ["most_units"]
 
 _MAXNREG = 255
@@ -157,6 +169,7 @@ def _find_starts(
     first_segment,
     num_segments,
     total,
+    ranges,
     num_programs,
     units_per_tile,
     INVARIANT: tl.constexpr,
@@ -169,7 +182,7 @@ def _find_starts(
     """
     for start in range(0, num_programs, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        item = range_begin(index, total, num_programs)
+        item = range_begin(tl.minimum(index, ranges), total, ranges)
         segment = tl.zeros([BLOCK], tl.int32)
         step = 1
         while step * 2 <= num_segments:
@@ -208,6 +221,7 @@ def _schedule_kernel(
     num_shared,
     num_kv_heads,
     num_programs,
+    balance,
     rows,
     most_units,
     BLOCK_M: tl.constexpr,
@@ -292,10 +306,12 @@ def _schedule_kernel(
     tl.store(schedule_ptr, shared_total)
     tl.store(schedule_ptr + 1, own_total)
     tl.store(schedule_ptr + 2, shared_count)
+    ranges = own_ranges(own_total, balance, num_programs)
+    tl.store(schedule_ptr + RANGES_AT, ranges)
     tl.debug_barrier()
     if shared_ptr is not None:
-        _find_starts(schedule_ptr, 0, 0, shared_count, shared_total, num_programs, units, False, BLOCK)
-    _find_starts(schedule_ptr, 1, num_shared, num_seqs, own_total, num_programs, units, INVARIANT, BLOCK)
+        _find_starts(schedule_ptr, 0, 0, shared_count, shared_total, num_programs, num_programs, units, False, BLOCK)
+    _find_starts(schedule_ptr, 1, num_shared, num_seqs, own_total, ranges, num_programs, units, INVARIANT, BLOCK)
 
 
 def launch(
@@ -359,7 +375,8 @@ def _prepare(plan: Plan, q: Tensor, k: Tensor, block_table: Tensor | None, windo
     max_len = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[1]
     scalars = (
         *(q.shape[2], min(window, NO_WINDOW), max_len),
-        *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.rows, plan.shared_units),
+        *(plan.num_seqs, plan.num_shared, plan.num_kv_heads, plan.num_programs, plan.balance),
+        *(plan.rows, plan.shared_units),
     )
     constants = {
         "BLOCK_M": plan.block_m,

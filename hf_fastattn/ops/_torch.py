@@ -226,7 +226,7 @@ def attend_dense(
         return q.new_zeros(num_seqs, query_len, num_heads, v.shape[3])
     if key_mask is not None:
         key_mask = key_mask[:, :seq_len]
-        if key_mask.is_cpu and bool(key_mask.all()):  # a GPU would have to be waited for
+        if key_mask.is_cpu and not torch.jit.is_tracing() and bool(key_mask.all()):  # a GPU would have to be waited for
             key_mask = None
     if not softmax_scale > 0:  # is_causal gives NaN with such a factor
         q, softmax_scale = q * softmax_scale, 1.0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_fastattn.kernels import decode_schedule
-from hf_fastattn.kernels._decode_plan import SHARED_LEVELS, DecodeConfig, Segment, make_plan, share, work
+from hf_fastattn.kernels._decode_plan import SHARED_LEVELS, DecodeConfig, Segment, make_plan, own_ranges, share, work
 from hf_fastattn.ops.shapes import NO_WINDOW
 
 from . import runs_kernels
@@ -50,7 +50,7 @@ class Written:
         options = {"config": config, "num_programs": num_programs}
         words = decode_schedule.launch(*call, **options, block=block).flatten().tolist()
         _, self.plan = make_plan(q, k, k, table, shared, self.invariant, **options)
-        self.totals, self.count = words[:2], words[2]
+        self.totals, self.count, self.ranges = words[:2], words[2], words[7]
         self.starts = [words[8 + 4 * i : 12 + 4 * i] for i in range(num_programs)]
         begin, needed, counters = words[4:7]
         self.segments = [words[begin + 9 * i : begin + 9 * i + 9] for i in range(len(entries) + len(lens))]
@@ -79,14 +79,16 @@ def check(written):
     assert written.own == [words_of(segment) for segment in own]
     lists = ([(s, i) for i, s in enumerate(shared)], [(s, written.plan.num_shared + i) for i, s in enumerate(own)])
     sizes = []
+    assert written.ranges == own_ranges(written.totals[1], written.plan.balance, programs)
     for index, (segments, total) in enumerate(zip(lists, written.totals, strict=True)):
+        ranges = programs if index == 0 else written.ranges
         assert total == sum(segment.num_tiles * segment.units for segment, _ in segments)
         item = 0
         for place in range(programs):
             start = written.starts[programs - 1 - place if index == 0 else place][2 * index :][:2]
             if item < total:
                 assert start == [item, [number for s, number in segments if s.first_item <= item][-1]]
-            sizes.append(share(place, total, programs))
+            sizes.append(share(place, total, ranges) if place < ranges else 0)
             item += sizes[-1]
         assert item == total
     assert tiles == [a + b for a, b in zip(reversed(sizes[:programs]), sizes[programs:], strict=True)]
