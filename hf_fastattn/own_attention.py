@@ -1,8 +1,8 @@
 """What the code of a model does by itself: all of attention, or telling its window by the mask alone.
 
-Some of transformers' older models compute attention themselves, whatever they were asked for. transformers lets them ask
-for any implementation that is registered, and hands its masks to them. What our attention function understands would be
-a wrong mask to them: they get eager attention's. Others call attention functions, but without their sliding window.
+Some of transformers' older models compute attention themselves, whatever they were asked for. transformers lets them
+ask for any implementation that is registered, and hands its masks to them. What our attention function understands
+would be a wrong mask to them: they get eager attention's. Others call attention functions without their window.
 """
 
 import inspect
