@@ -16,7 +16,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from .columns import announced
 from .fallback import warn_once
-from .own_attention import attends_itself, passes_window
+from .own_attention import attends_itself, passes_window, supports_sdpa
 
 
 def fastattn_mask(
@@ -82,7 +82,9 @@ def fastattn_mask(
         if plain:
             if _modules_may_not_be_causal(config):
                 columns = int(q_offset) + q_length
-                return _causal_for_sure(attention_mask, batch_size, columns, q_length, kwargs.get("device"))
+                left = not _modules_say_nothing(config)
+                device = kwargs.get("device")
+                return _causal_for_sure(attention_mask, batch_size, columns, q_length, device, left_to_modules=left)
             return None if attention_mask is None else _key_padding(attention_mask)
         kv_length, kv_offset = int(q_offset) + q_length, 0
     elif plain and bidirectional:
@@ -95,7 +97,8 @@ def fastattn_mask(
     elif plain and _ends_with_queries(q_length, kv_length, q_offset, kv_offset):
         if _modules_may_not_be_causal(config):
             seen = None if attention_mask is None else attention_mask[:, kv_offset:]
-            return _causal_for_sure(seen, batch_size, kv_length, q_length, kwargs.get("device"))
+            left = not _modules_say_nothing(config)
+            return _causal_for_sure(seen, batch_size, kv_length, q_length, kwargs.get("device"), left_to_modules=left)
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] == kv_offset + kv_length:
@@ -141,14 +144,19 @@ def _of_one_query(attention_mask: Tensor | None, *, look: bool) -> Tensor | None
 
 def _modules_may_not_be_causal(config: PreTrainedConfig | None) -> bool:
     """Whether attention modules say that they are not causal although the mask is (PaliGemma's text model)."""
-    return bool(getattr(config, "use_bidirectional_attention", False))
+    return bool(getattr(config, "use_bidirectional_attention", False)) or _modules_say_nothing(config)
+
+
+def _modules_say_nothing(config: PreTrainedConfig | None) -> bool:
+    """Whether a decoder's modules leave causality to the mask: that of an encoder-decoder that sdpa does not serve."""
+    return bool(getattr(config, "is_encoder_decoder", False)) and not supports_sdpa(config)
 
 
 def _causal_for_sure(
-    attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any
+    attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any, *, left_to_modules: bool
 ) -> Tensor | None:
-    """Return a mask that is causal whatever the modules say; None where sdpa leaves the pattern to them."""
-    if columns == q_length and (attention_mask is None or _is_all_ones(attention_mask)):
+    """Return a mask that is causal whatever the modules say; None where sdpa, if it may, leaves the pattern to them."""
+    if left_to_modules and columns == q_length and (attention_mask is None or _is_all_ones(attention_mask)):
         return None
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)

@@ -7,6 +7,7 @@ would be a wrong mask to them: they get eager attention's. Others call attention
 
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 _known: dict[str, bool] = {}
+_sdpa: dict[str, bool] = {}
 _passing: dict[str, bool] = {}
 
 
@@ -32,16 +34,35 @@ def attends_itself(config: Any) -> bool:
     return _known.get(kind, False)
 
 
+def supports_sdpa(config: Any) -> bool:
+    """Return whether models of a config's type may run under sdpa; answered as by :func:`attends_itself`.
+
+    Of others nobody has seen to it that modules say whether they are causal: eager attention needs masks only.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind is None:
+        return True
+    if kind not in _sdpa and not torch.compiler.is_compiling():
+        _sdpa[kind] = all(getattr(model, "_supports_sdpa", True) for model in _models(kind))
+    return _sdpa.get(kind, True)
+
+
 def _look(kind: str) -> bool:
     """Look whether the code of the models of a type knows of attention functions."""
+    for model in _models(kind):
+        known = hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS")
+        return not (known or getattr(model, "_supports_attention_backend", True))
+    return False
+
+
+def _models(kind: str) -> Iterator[Any]:
+    """Yield transformers' model classes of a type."""
     for mapping in (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         names = mapping.get(kind) or ()
         for name in (names,) if isinstance(names, str) else names:
             model = getattr(transformers, name, None)
             if model is not None:
-                known = hasattr(sys.modules[model.__module__], "ALL_ATTENTION_FUNCTIONS")
-                return not (known or getattr(model, "_supports_attention_backend", True))
-    return False
+                yield model
 
 
 def passes_window(config: Any) -> bool:

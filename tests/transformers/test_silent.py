@@ -49,6 +49,28 @@ def test_a_window_that_only_the_mask_tells(family, cache):
     check_logits(*(torch.stack(result.logits) for result in (out, wanted, exact)))
 
 
+def test_a_decoder_whose_modules_do_not_say_that_it_is_causal():
+    """Models that do not support sdpa leave it to the mask: None would let a decoder see later tokens."""
+    config = transformers.NllbMoeConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_experts=2,
+        pad_token_id=0,
+    )
+    model = build_from(config, auto=transformers.AutoModelForSeq2SeqLM)
+    given = {"input_ids": prompt(2, 9), "decoder_input_ids": prompt(2, 7, seed=1)}
+    with torch.no_grad():
+        wanted, exact = model(**given).logits, in_float64(model)(**given).logits
+        with under(model):
+            check_logits(model(**given).logits, wanted, exact)
+
+
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
 def test_a_selection_of_keys_is_refused(name):
     query = torch.randn(1, 2, 3, 8)
