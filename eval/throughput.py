@@ -467,9 +467,7 @@ def judge_tokens(
             row["regret"] = attempt(judged, partial(regret, model, cell, inputs, found))
             if row["regret"] is None:
                 row["tokens"] = f"not judged: {judged['status']}"
-            elif (
-                row["regret"] > 2 * row["allowed_error"]
-            ):  # of two logits, here and there: four errors, half of that each
+            elif row["regret"] > 2 * row["allowed_error"]:  # two logits, here and there: four errors of half of that
                 row["status"] = "WRONG tokens"
 
 

@@ -82,9 +82,7 @@ def fastattn_mask(
         if plain:
             if _modules_may_not_be_causal(config):
                 columns = int(q_offset) + q_length
-                left = not _modules_say_nothing(config)
-                device = kwargs.get("device")
-                return _causal_for_sure(attention_mask, batch_size, columns, q_length, device, left_to_modules=left)
+                return _causal_for_sure(config, attention_mask, batch_size, columns, q_length, kwargs.get("device"))
             return None if attention_mask is None else _key_padding(attention_mask)
         kv_length, kv_offset = int(q_offset) + q_length, 0
     elif plain and bidirectional:
@@ -97,8 +95,7 @@ def fastattn_mask(
     elif plain and _ends_with_queries(q_length, kv_length, q_offset, kv_offset):
         if _modules_may_not_be_causal(config):
             seen = None if attention_mask is None else attention_mask[:, kv_offset:]
-            left = not _modules_say_nothing(config)
-            return _causal_for_sure(seen, batch_size, kv_length, q_length, kwargs.get("device"), left_to_modules=left)
+            return _causal_for_sure(config, seen, batch_size, kv_length, q_length, kwargs.get("device"))
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] == kv_offset + kv_length:
@@ -153,10 +150,11 @@ def _modules_say_nothing(config: PreTrainedConfig | None) -> bool:
 
 
 def _causal_for_sure(
-    attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any, *, left_to_modules: bool
+    config: Any, attention_mask: Tensor | None, batch_size: int, columns: int, q_length: int, device: Any
 ) -> Tensor | None:
-    """Return a mask that is causal whatever the modules say; None where sdpa, if it may, leaves the pattern to them."""
-    if left_to_modules and columns == q_length and (attention_mask is None or _is_all_ones(attention_mask)):
+    """Return a mask that is causal whatever the modules say; None where sdpa leaves the pattern to them."""
+    whole = columns == q_length and (attention_mask is None or _is_all_ones(attention_mask))
+    if whole and not _modules_say_nothing(config):
         return None
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, columns, dtype=torch.bool, device=device)

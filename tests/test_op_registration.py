@@ -61,6 +61,19 @@ def test_where_gradients_are_needed_pytorch_computes_them(monkeypatch):
     assert len(launched) == 2
 
 
+def test_kernels_are_not_launched_on_other_gpus(monkeypatch):
+    """PyTorch calls AMD's "cuda" as well."""
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "hf_fastattn.kernels.prefill_attention", SimpleNamespace(launch=None))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    _library._warn_slow.cache_clear()
+    on_cuda = _library._kernel_or("prefill_attention", _library.DIRECT["prefill_attention"]["cpu"])
+    q, k = torch.randn(1, 4, 8, 32), torch.randn(1, 2, 8, 32)
+    with pytest.warns(RuntimeWarning, match="prefill_attention runs through PyTorch, slower: its kernel is for NVIDIA"):
+        out = on_cuda(q, k, k, None, None, None, None, None, 0.3, True, ops.NO_WINDOW, 0.0)
+    assert torch.equal(out, ops.prefill_attention(q, k, k, softmax_scale=0.3))
+
+
 def attention_step(q, k, v, k_cache, v_cache, block_table, past_lens):
     """A layer's work: store, then attend over the blocks; and once over the new states alone."""
     ops.store_kv(k, v, k_cache, v_cache, block_table, past_lens)

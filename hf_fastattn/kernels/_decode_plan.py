@@ -63,7 +63,7 @@ class DecodeConfig:
 class Plan:
     """Sizes of a schedule and of the partial results. Attributes as in `make_plan`, and num_programs of the grid.
 
-    tile_ratio: bytes of a KV tile over those of a partial result, see own_ranges; None to cut for every program.
+    tile_rows: bytes of a KV tile over those of a row of a partial result, see own_ranges; None for a range per program.
     """
 
     num_seqs: int
@@ -74,12 +74,14 @@ class Plan:
     block_n: int
     num_programs: int
     batch_invariant: bool
-    tile_ratio: int | None = None
+    tile_rows: int | None = None
 
     @property
     def balance(self) -> int:
         """What `own_ranges` weighs tiles by; 0 for as many ranges as programs."""
-        return 0 if self.tile_ratio is None else self.num_kv_heads * self.row_tiles * self.num_seqs * self.tile_ratio
+        if self.tile_rows is None:
+            return 0
+        return self.num_seqs * self.num_kv_heads * self.row_tiles * max(self.tile_rows // self.slot_rows, 1)
 
     @property
     def row_tiles(self) -> int:
@@ -211,10 +213,8 @@ def make_plan(
         num_programs = _num_sms(q.device) * config.programs_per_sm
     sizes = (num_seqs, num_shared, num_kv_heads, rows, config.block_m, config.block_n)
     dim, v_dim = int(q.shape[3]), int(v.shape[3])
-    tile_bytes = config.block_n * (dim + v_dim) * q.dtype.itemsize
-    partial_bytes = min(config.block_m, _ceil_power_of_2(rows)) * v_dim * 4
-    ratio = None if batch_invariant else max(tile_bytes // max(partial_bytes, 1), 1)
-    return config, Plan(*sizes, num_programs, batch_invariant, ratio)
+    tile_rows = config.block_n * (dim + v_dim) * q.dtype.itemsize // max(4 * v_dim, 1)
+    return config, Plan(*sizes, num_programs, batch_invariant, None if batch_invariant else tile_rows)
 
 
 def supports(
@@ -222,7 +222,6 @@ def supports(
     k: Tensor,
     v: Tensor,
     block_table: Tensor | None = None,
-    key_mask: Tensor | None = None,
     softmax_scale: float = 1.0,
 ) -> str | None:
     """Return why the kernel cannot do a call, or None if it can."""
@@ -326,8 +325,8 @@ def own_ranges(total: int, balance: int, num_programs: int) -> int:
     """Return the number of ranges that the sequences' own list is cut into: a power of two, or one per program.
 
     Who combines a unit reads a partial result of every range in it, alone. With r ranges of a unit of t tiles, reading
-    takes t / r tiles and combining r partial results: least for r**2 = t * tile_ratio. It limits the ranges where units
-    are few and have many rows, as one key head has that all query heads share.
+    takes t / r tiles and combining r partial results: least for r**2 = t * bytes of a tile / bytes of a partial result.
+    It limits the ranges where units are few and have many rows, as one key head has that all query heads share.
     """
     ranges = 1
     while 2 * ranges <= num_programs and 2 * ranges**2 <= total * balance:

@@ -241,7 +241,7 @@ def launch(
     kinds = (seq_lens is None, None if sinks is None else sinks.dtype)
     call = _kept.get((key, kinds))
     if call is None:
-        reason = supports(q, k, v, block_table, key_mask, softmax_scale)
+        reason = supports(q, k, v, block_table, softmax_scale)
         if reason is not None:
             raise Unsupported(f"decode_attention: {reason}")
         cfg, plan = make_plan(

@@ -7,24 +7,27 @@ import peft
 import pytest
 import torch
 import transformers
-from models import VOCAB, build, build_from, check_logits, generate, in_float64, left_padded, paged, prompt, under
+from models import (
+    _SIZES,
+    VOCAB,
+    build,
+    build_from,
+    check_logits,
+    generate,
+    in_float64,
+    left_padded,
+    paged,
+    prompt,
+    under,
+)
 
 import hf_fastattn
 from hf_fastattn import PagedCache
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 WINDOWED = {
-    "phimoe": lambda: transformers.PhimoeConfig(**SIZES, sliding_window=6, num_local_experts=2),
+    "phimoe": lambda: transformers.PhimoeConfig(**_SIZES, sliding_window=6, num_local_experts=2),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-        **SIZES,
+        **_SIZES,
         use_sliding_window=True,
         sliding_window=6,
         max_window_layers=0,
@@ -127,7 +130,7 @@ def test_copies_of_wrappers_are_wrappers():
 
 def test_image_states_have_no_place_in_a_paged_cache():
     config = transformers.MllamaConfig(
-        text_config={**SIZES, "cross_attention_layers": [1]}, vision_config={"hidden_size": 32, "attention_heads": 2}
+        text_config={**_SIZES, "cross_attention_layers": [1]}, vision_config={"hidden_size": 32, "attention_heads": 2}
     )
     with pytest.raises(ValueError, match="mllama also attends to images in layers of their own: use its default cache"):
         PagedCache(config)
@@ -141,3 +144,24 @@ def test_dense_keys_can_be_viewed_as_other_caches_keys_can():
     model = build_from(config)
     wanted = generate(model, input_ids=prompt())
     assert torch.equal(generate(model, paged(model), input_ids=prompt()).sequences, wanted.sequences)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this transformers has no Gemma 4")
+def test_shared_layers_that_see_the_last_queries_only():
+    """Gemma 4 drops the other queries in the layers that share keys; each of the rest keeps its position."""
+    config = transformers.Gemma4TextConfig(
+        **(_SIZES | {"num_hidden_layers": 6}),
+        head_dim=16,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        num_kv_shared_layers=2,
+        sliding_window=6,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+    )
+    model = build_from(config)
+    inputs = left_padded(prompt(2, 14), 5, 0) | {"prefill_chunk_size": 4}
+    wanted = generate(model, **inputs)
+    with under(model):
+        out = generate(model, paged(model), **inputs)
+    assert torch.equal(out.sequences, wanted.sequences)
