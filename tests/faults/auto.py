@@ -50,15 +50,15 @@ AUTO_FAULTS = [
     Fault(
         "a pickled model is paged",
         AUTO,
-        "return _as_native(super().__reduce_ex__(1), type(self), self._native)",
+        "return _as_native(super().__reduce_ex__(1), type(self), Twofold(type(self), self._native))",
         "return super().__reduce_ex__(protocol)",
         (f"{TEST_AUTO}copies_and_pickles_name_native_classes", f"{TEST_AUTO}saved_models_load_without_the_package"),
     ),
     Fault(
         "a deepcopy of the model is not paged",
         AUTO,
-        "    def __deepcopy__",
-        "    def deepcopy",
+        "Twofold(type(self), self._native)",
+        "self._native",
         (f"{TEST_AUTO}deepcopy_stays_paged",),
     ),
     Fault(

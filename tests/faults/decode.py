@@ -81,7 +81,7 @@ DECODE_FAULTS = [
             "weight = tl.math.exp2(m_part - m_new[:, None])",
             "weight = tl.math.exp2(m_part - m_part)",
         ),
-        ("one partial result left out", "total, programs) + 1 - first", "total, programs) - first"),
+        ("one partial result left out", "total, ranges) + 1 - first", "total, ranges) - first"),
         (
             "whoever is not the first combines",
             "complete = known & (before + tiles == needed)",

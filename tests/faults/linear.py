@@ -128,8 +128,8 @@ LINEAR_FAULTS = [
     Fault(
         "pickles need this package",
         LINEAR,
-        "return nn.Linear.__new__, (nn.Linear,), state",
-        "return DecodeLinear.__new__, (DecodeLinear,), state",
+        "return nn.Linear.__new__, (Twofold(DecodeLinear, nn.Linear),), Twofold(self.__dict__, state)",
+        "return nn.Linear.__new__, (DecodeLinear,), self.__dict__",
         (OUT, "-k", "pickles"),
     ),
     Fault(
